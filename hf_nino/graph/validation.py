@@ -1,0 +1,80 @@
+"""The invariants of a neural graph (design.md section 4), checked whenever one is constructed."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+
+from .structure import EdgeBlock, NeuralGraph, Nodes
+
+
+def validate(graph: NeuralGraph) -> None:
+    """Check the invariants of :class:`NeuralGraph`.
+
+    Raises:
+        ValueError: with the parameter or group, the rule and what was found.
+    """
+    seen: set[str] = set()
+    for group in graph.groups:
+        if group.size < 1:
+            raise ValueError(f"neuron group {group.name!r} must have at least one neuron, got {group.size}")
+        if group.name in seen:
+            raise ValueError(f"neuron groups must have unique names, {group.name!r} occurs twice")
+        seen.add(group.name)
+    for block in graph.blocks:
+        if block.parameter not in graph.shapes:
+            raise ValueError(f"block refers to parameter {block.parameter!r}, which has no entry in `shapes`")
+        for side, strides in ((block.source, block.source_strides), (block.target, block.target_strides)):
+            _validate_nodes(graph, side, f"a block of parameter {block.parameter!r}")
+            if len(strides) != len(side.sizes):
+                raise ValueError(
+                    f"a block of parameter {block.parameter!r} has {len(strides)} strides for {side.sizes=}"
+                )
+            if not side.is_contiguous() and side.index().unique().numel() != len(side):
+                raise ValueError(f"a block of parameter {block.parameter!r} must name each neuron once per side")
+    for constant in graph.constants:
+        _validate_nodes(graph, constant.source, "constant edges")
+        _validate_nodes(graph, constant.target, "constant edges")
+        if len(constant.source) != len(constant.target):
+            raise ValueError(
+                "constant edges must pair as many sources as targets, "
+                f"got {len(constant.source)} and {len(constant.target)}"
+            )
+    _validate_coverage(graph)
+    for symmetry in graph.symmetries:
+        if symmetry.units.dim() != 3:
+            raise ValueError(
+                f"symmetry {symmetry.name!r} must have units [blocks, units, nodes], got {symmetry.units.shape}"
+            )
+        if symmetry.units.max() >= graph.num_nodes or symmetry.units.unique().numel() != symmetry.units.numel():
+            raise ValueError(f"symmetry {symmetry.name!r} must name each existing node at most once")
+
+
+def _validate_nodes(graph: NeuralGraph, nodes: Nodes, where: str) -> None:
+    if not 0 <= nodes.group < len(graph.groups):
+        raise ValueError(f"{where} refers to group {nodes.group}, but there are {len(graph.groups)}")
+    group = graph.groups[nodes.group]
+    if nodes.offset < 0 or nodes.last() >= group.size:
+        raise ValueError(f"{where} reaches neuron {nodes.last()} of group {group.name!r}, which has {group.size}")
+
+
+def _validate_coverage(graph: NeuralGraph) -> None:
+    """Every element of every parameter with a trainable block lies on exactly one edge."""
+    blocks: dict[str, list[EdgeBlock]] = {}
+    for block in graph.blocks:
+        blocks.setdefault(block.parameter, []).append(block)
+    for name, shape in graph.shapes.items():
+        size = math.prod(shape)
+        mine = blocks.get(name, [])
+        if not mine:
+            raise ValueError(f"parameter {name!r} of shape {tuple(shape)} lies on no edge of the graph")
+        count = torch.zeros(size, dtype=torch.int8)
+        for block in mine:
+            elements = count.as_strided(block._sizes, block._strides, block.offset)
+            elements += 1
+        if int(count.min()) != 1 or int(count.max()) != 1:
+            raise ValueError(
+                f"every element of parameter {name!r} must lie on exactly one edge, "
+                f"but {int((count == 0).sum())} lie on none and {int((count > 1).sum())} on several"
+            )
