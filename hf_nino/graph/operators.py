@@ -1,0 +1,383 @@
+"""Rules that carry provenance through ATen operators; see :mod:`hf_nino.graph.trace`.
+
+A rule takes the :class:`~hf_nino.graph.trace.Trace` and a :class:`~hf_nino.graph.trace.Call` and sets the provenance
+of the call's results.  Contractions, which is where most edges come from, are in :mod:`hf_nino.graph.contractions`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from . import contractions
+from .meetings import add_rows, forget, input_neurons, join, one_allocation, pointwise_parameter, promote
+from .provenance import NONE, compact, varying
+from .structure import EdgeType
+from .trace import Call, ParameterView, Trace, on_cpu
+
+Rule = Callable[[Trace, Call], None]
+RULES: dict[str, Rule] = {}
+
+KEEP = ("alias", "clone", "contiguous", "detach", "_to_copy", "lift_fresh", "view_as", "to")
+"""Operators whose result has the same elements in the same places."""
+
+MOVES = (
+    "view", "_unsafe_view", "reshape", "_reshape_alias", "permute", "transpose", "t", "expand", "slice", "select",
+    "split", "split_with_sizes", "unsafe_split", "unbind", "chunk", "squeeze", "unsqueeze", "flip", "roll", "repeat",
+    "repeat_interleave", "narrow", "unfold", "diagonal", "movedim", "flatten", "unflatten", "tile", "index_select",
+    "gather", "take_along_dim", "squeeze_", "unsqueeze_", "transpose_", "t_", "swapaxes",
+)  # fmt: skip
+"""Operators that only move elements: they run on the ids themselves."""
+
+REDUCTIONS = (
+    "sum", "mean", "amax", "amin", "var", "std", "var_mean", "std_mean", "prod", "any", "all", "argmax", "argmin",
+    "max", "min", "norm", "linalg_vector_norm", "logsumexp", "topk", "median", "count_nonzero",
+)  # fmt: skip
+
+POOLING = (
+    "max_pool2d_with_indices", "max_pool2d", "avg_pool2d", "_adaptive_avg_pool2d", "adaptive_max_pool2d", "avg_pool1d",
+    "max_pool1d", "avg_pool3d", "max_pool3d_with_indices", "_adaptive_avg_pool3d", "upsample_nearest2d",
+    "upsample_bilinear2d", "upsample_bicubic2d", "reflection_pad1d", "reflection_pad2d", "replication_pad2d",
+)  # fmt: skip
+
+MULTIPLIES = ("mul", "mul_", "div", "div_", "addcmul", "multiply")
+
+
+def apply_rule(trace: Trace, call: Call) -> None:
+    """Find and run the rule of one call."""
+    name = call.name.removeprefix("aten::")
+    rule = RULES.get(name)
+    if rule is None and torch.Tag.pointwise in call.function.tags:
+        rule = pointwise
+    (rule or opaque)(trace, call)
+
+
+def register(*names: str) -> Callable[[Rule], Rule]:
+    """Make a function the rule of the named operators."""
+
+    def decorate(rule: Rule) -> Rule:
+        RULES.update(dict.fromkeys(names, rule))
+        return rule
+
+    return decorate
+
+
+@register(*KEEP)
+def keep(trace: Trace, call: Call) -> None:
+    """Same elements, same places; a cast or copy of a parameter is still that parameter."""
+    first, (result, *_) = call.tensors[0], call.results
+    if (view := trace.view(first)) is not None:
+        trace.set_view(result, view)
+    elif (ids := trace.ids(first)) is not None:
+        trace.set_ids(result, ids)
+    if trace.is_input(first):
+        trace.mark_input(result)
+
+
+@register(*MOVES)
+def move(trace: Trace, call: Call) -> None:
+    """Run the operator on ids or shadow."""
+    first = call.tensors[0]
+    arguments = dict(call.arguments)
+    key = next(name for name, value in arguments.items() if value is first)
+    if (view := trace.view(first)) is not None:
+        moved = _move_shadow(call, arguments | {key: view.shadow}, view)
+        if moved is None:
+            forget(trace, call, "elements of a parameter were copied out of order")
+            return
+        for result, shadow in zip(call.results, moved, strict=True):
+            trace.set_view(result, view.with_shadow(shadow))
+    elif (ids := trace.full_ids(first)) is not None:
+        moved = call.function(**on_cpu(arguments | {key: ids.contiguous()}))
+        moved = [moved] if isinstance(moved, Tensor) else list(moved)
+        for result, new in zip(call.results, moved, strict=True):
+            trace.set_ids(result, new)
+    if trace.is_input(first):
+        for result in call.results:
+            trace.mark_input(result)
+
+
+def _move_shadow(call: Call, arguments: dict, view: ParameterView) -> list[Tensor] | None:
+    """The results' shadows, or ``None`` when the operator must copy."""
+    try:
+        moved = call.function(**{k: v.to("meta") if isinstance(v, Tensor) else v for k, v in arguments.items()})
+    except RuntimeError:
+        return None
+    moved = [moved] if isinstance(moved, Tensor) else list(moved)
+    storage = view.shadow.untyped_storage()._cdata
+    return moved if all(part.untyped_storage()._cdata == storage for part in moved) else None
+
+
+@register("cat", "concat", "concatenate", "stack")
+def concatenate(trace: Trace, call: Call) -> None:
+    """Ids are concatenated; along a dimension without ids (positions), the operands' neurons become the same ones."""
+    parts = list(call.arguments["tensors"])
+    (result,) = call.results
+    if all(trace.view(part) is None and trace.ids(part) is None for part in parts):
+        if any(trace.is_input(part) for part in parts):
+            trace.mark_input(result)
+        return
+    for part in parts:
+        if trace.view(part) is not None:
+            promote(trace, part, EdgeType.TOKEN_EMBEDDING)
+    dim = call.arguments.get("dim", 0) % result.dim()
+    parts = [part for part in parts if part.numel()]
+    ids = [trace.full_ids(part) for part in parts]
+    ids = [torch.full(part.shape, NONE) if x is None else x for part, x in zip(parts, ids, strict=True)]
+    if call.name == "aten::stack":
+        ids = [x.unsqueeze(dim) for x in ids]
+    moving = [compact(x) for x in ids]
+    if call.name != "aten::stack" and not any(dim in varying(x) for x in moving):
+        merged = moving[0]
+        for other in moving[1:]:
+            merged = join(trace, merged, other) if _same_neurons(trace, merged, other) else None
+            if merged is None:
+                break
+        if merged is not None:
+            trace.set_ids(result, merged.expand(result.shape))
+            return
+    trace.set_ids(result, torch.cat([x.contiguous() for x in ids], dim=dim))
+
+
+def _same_neurons(trace: Trace, first: Tensor, second: Tensor) -> bool:
+    """Whether operands of a concatenation along positions have neurons of two origins in the same dimensions."""
+    if first.shape != second.shape or not varying(first) or not bool(((first >= 0) == (second >= 0)).all()):
+        return False
+    return first.equal(second) or not one_allocation(trace, first[first >= 0], second[second >= 0])
+
+
+def pointwise(trace: Trace, call: Call) -> None:
+    """Elementwise operators: neurons that meet become one, parameters become edges, varying constants pin."""
+    tensors = [tensor for tensor in call.tensors if tensor.numel()]
+    (result, *others) = call.results
+    views = [tensor for tensor in tensors if trace.view(tensor) is not None]
+    active = [tensor for tensor in tensors if trace.ids(tensor) is not None]
+    if views and not active:
+        plain = [t for t in tensors if trace.view(t) is None]
+        if len(views) == 1 and all(_uniform(tensor) for tensor in plain) and views[0].shape == result.shape:
+            trace.set_view(result, trace.view(views[0]))
+            return
+        # A parameter meets data or another parameter: one of them has to be the activation.
+        if plain:
+            input_neurons(trace, plain[0], trace.view(views[0]))
+            active = [plain[0]] if trace.ids(plain[0]) is not None else []
+        if not active:
+            promote(trace, views[0], EdgeType.OTHER)
+            active, views = [views[0]], views[1:]
+    if not active:
+        return
+    dims = result.dim()
+    ids = _aligned(trace.ids(active[0]), dims)
+    for other in active[1:]:
+        ids = join(trace, ids, _aligned(trace.ids(other), dims))
+    for constant in tensors:
+        if trace.view(constant) is None and trace.ids(constant) is None:
+            _pin_by_constant(trace, ids, constant, result.shape)
+    multiplies = call.name.removeprefix("aten::") in MULTIPLIES
+    for view in views:
+        ids = pointwise_parameter(trace, ids, trace.view(view), result.shape, multiplies)
+    for out in (result, *others):
+        trace.set_ids(out, ids.expand(out.shape))
+
+
+def _aligned(ids: Tensor, dims: int) -> Tensor:
+    """Leading dimensions of size 1, as broadcasting adds them."""
+    return ids.reshape((1,) * (dims - ids.dim()) + tuple(ids.shape))
+
+
+def _uniform(tensor: Tensor) -> bool:
+    """Whether all elements are equal."""
+    return tensor.numel() <= 1 or (not tensor.is_meta and bool((tensor == tensor.flatten()[0]).all()))
+
+
+def _pin_by_constant(trace: Trace, ids: Tensor, constant: Tensor, shape: torch.Size) -> None:
+    """Neurons that are multiplied by (or added to) different numbers are told apart by them."""
+    if constant.dim() == 0:
+        return
+    full = constant.reshape((1,) * (len(shape) - constant.dim()) + tuple(constant.shape))
+    for dim in varying(ids):
+        if full.shape[dim] == 1:
+            continue
+        first = full.narrow(dim, 0, 1)
+        same = False if full.is_meta else (full == first) | ((full != full) & (first != first))
+        if not bool(torch.as_tensor(same).all()):
+            trace.record.pin(ids, "meets a constant that differs between neurons (rotary or sinusoidal table, mask)")
+
+
+@register(*REDUCTIONS)
+def reduce(trace: Trace, call: Call) -> None:
+    """Neurons along reduced dimensions are summed away; the others stay."""
+    ids = trace.full_ids(call.tensors[0])
+    if ids is None:
+        if trace.view(call.tensors[0]) is not None:
+            forget(trace, call, "a parameter was reduced")
+        return
+    dims = call.arguments.get("dim")
+    every = range(ids.dim())
+    dims = list(every) if dims is None or dims == [] else [dims] if isinstance(dims, int) else list(dims)
+    dims = [dim % max(1, ids.dim()) for dim in dims]
+    keepdim = bool(call.arguments.get("keepdim", False)) or call.name == "aten::topk"
+    small = compact(ids)
+    for result in call.results:
+        if set(dims) & set(varying(small)):
+            trace.set_ids(result, None)
+            continue
+        left = small if keepdim else small.squeeze(tuple(dims))
+        trace.set_ids(result, left.expand(result.shape) if left.dim() == result.dim() else None)
+
+
+@register(
+    "_softmax", "softmax", "_log_softmax", "log_softmax", "_safe_softmax", "cumsum", "tril", "triu", "glu", "sort"
+)
+def same_shape(trace: Trace, call: Call) -> None:
+    """Operators that mix elements along one dimension; along neurons they are only symmetric for softmax."""
+    ids = trace.ids(call.tensors[0])
+    result = call.results[0]
+    if ids is None:
+        return
+    if "softmax" not in call.name and varying(ids):
+        trace.record.pin(ids, f"{call.name} depends on the order of neurons")
+    trace.set_ids(result, ids.expand(result.shape) if result.shape == call.tensors[0].shape else None)
+
+
+@register(*POOLING)
+def pool(trace: Trace, call: Call) -> None:
+    """Spatial operators keep the channels, which are the ids of dimension 1."""
+    ids = trace.ids(call.tensors[0])
+    if ids is None:
+        return
+    if any(dim != 1 for dim in varying(ids)):
+        trace.record.pin(ids, f"{call.name} mixes neurons")
+        return
+    for result in call.results:
+        trace.set_ids(result, ids.expand(result.shape))
+
+
+@register("constant_pad_nd", "pad")
+def pad(trace: Trace, call: Call) -> None:
+    """Padding along positions keeps the ids; along neurons the new places belong to none."""
+    ids = trace.full_ids(call.tensors[0])
+    if ids is None:
+        return
+    (result,) = call.results
+    small = compact(ids)
+    padded = {result.dim() - 1 - place // 2 for place, amount in enumerate(call.arguments["pad"]) if amount}
+    if padded & set(varying(small)):
+        padding = torch.nn.functional.pad(ids.contiguous(), list(call.arguments["pad"]), value=NONE)
+        trace.set_ids(result, padding)
+    else:
+        trace.set_ids(result, small.expand(result.shape))
+
+
+@register("embedding")
+def embedding(trace: Trace, call: Call) -> None:
+    """A row of the table for each index: rows are pinned, columns are fresh neurons."""
+    table, index = call.arguments["weight"], call.arguments["indices"]
+    if (view := trace.view(table)) is None:
+        opaque(trace, call)
+        return
+    if trace.is_input(index):
+        edge_type, reason = EdgeType.TOKEN_EMBEDDING, "token"
+    elif _uniform(index):
+        edge_type, reason = EdgeType.OTHER, "row of an embedding"
+    else:
+        edge_type, reason = EdgeType.POSITION_EMBEDDING, "position"
+    ids = add_rows(trace, view, edge_type, reason)
+    trace.set_ids(call.results[0], ids.expand(call.results[0].shape))
+
+
+@register("index")
+def index(trace: Trace, call: Call) -> None:
+    """Indexing moves ids; indexing rows of a parameter (relative position tables) is an embedding."""
+    table = call.tensors[0]
+    if (view := trace.view(table)) is not None:
+        indices = call.arguments["indices"]
+        if len(indices) == 1 and view.shadow.dim() == 2 and indices[0] is not None:
+            ids = add_rows(trace, view, EdgeType.OTHER, "row of a table")
+            trace.set_ids(call.results[0], ids.expand(call.results[0].shape))
+        else:
+            forget(trace, call, "a parameter is indexed in a way that has no rule")
+    elif (ids := trace.full_ids(table)) is not None:
+        indices = [None if x is None else x.cpu() for x in call.arguments["indices"]]
+        trace.set_ids(call.results[0], torch.ops.aten.index.Tensor(ids.contiguous(), indices))
+    elif trace.is_input(table):
+        trace.mark_input(call.results[0])
+
+
+@register("copy_")
+def copy(trace: Trace, call: Call) -> None:
+    """The destination takes over the source's neurons."""
+    destination, source = call.tensors[:2]
+    if trace.view(source) is not None:
+        promote(trace, source, EdgeType.OTHER)
+    ids = trace.ids(source)
+    trace.set_ids(destination, None if ids is None else _aligned(ids, destination.dim()).expand(destination.shape))
+
+
+@register("native_layer_norm", "_fused_rms_norm", "rms_norm", "native_batch_norm",
+          "_native_batch_norm_legit_no_training", "cudnn_batch_norm", "batch_norm", "native_group_norm",
+          "_native_batch_norm_legit", "_batch_norm_no_update")  # fmt: skip
+def normalisation(trace: Trace, call: Call) -> None:
+    """Neurons pass; gain and bias are edges from a node of their own, running statistics move along."""
+    source, result = call.arguments["input"], call.results[0]
+    name = call.name.removeprefix("aten::")
+    channels_first = "batch" in name or "group" in name
+    gain, bias = call.arguments.get("weight"), call.arguments.get("bias")
+    dim = 1 if channels_first else None
+    parameters = [(gain, True), (bias, False)]
+    if channels_first:
+        parameters += [(call.arguments.get("running_mean"), False), (call.arguments.get("running_var"), True)]
+    views = []
+    for tensor, multiplies in parameters:
+        view = trace.view(tensor) or (trace.buffer_view(tensor) if trace.ids(source) is not None else None)
+        if view is not None:
+            views.append((_trailing(view, result.dim(), dim), multiplies))
+    if trace.ids(source) is None and views:
+        input_neurons(trace, source, views[0][0])
+    ids = trace.ids(source)
+    if ids is None:
+        return
+    if name == "native_group_norm" and call.arguments["group"] != 1:
+        trace.record.pin(ids, "normalised in groups of channels")
+    for view, multiplies in views:
+        ids = pointwise_parameter(trace, ids, view, result.shape, multiplies)
+    trace.set_ids(result, ids.expand(result.shape))
+
+
+def _trailing(view: ParameterView, dims: int, dim: int | None) -> ParameterView:
+    """A gain's shadow aligned with the normalised tensor: trailing dimensions, or the channel dimension."""
+    shape = [1] * dims
+    if dim is None:
+        shape[dims - view.shadow.dim() :] = view.shadow.shape
+    else:
+        shape[dim] = view.shadow.shape[0]
+    return view.with_shadow(view.shadow.view(shape))
+
+
+@register("mm", "bmm", "addmm", "baddbmm", "linear", "matmul", "addmv", "mv", "dot")
+def contraction(trace: Trace, call: Call) -> None:
+    """Matrix products; the added operand of ``addmm`` is a pointwise one."""
+    contractions.contract(trace, call, pointwise)
+
+
+@register("convolution", "_convolution", "conv1d", "conv2d", "conv3d", "mkldnn_convolution")
+def convolution(trace: Trace, call: Call) -> None:
+    """Convolutions; see :func:`hf_nino.graph.contractions.convolve`."""
+    contractions.convolve(trace, call)
+
+
+@register("sym_size", "size", "numel", "_local_scalar_dense", "item", "is_same_size", "equal", "empty_like",
+          "zeros_like", "ones_like", "full_like", "new_zeros", "new_ones", "new_full", "new_empty", "rand_like",
+          "randn_like", "fill_", "zero_", "normal_", "uniform_", "_assert_async")  # fmt: skip
+def unrelated(trace: Trace, call: Call) -> None:
+    """Operators whose result has nothing to do with their operands' values, or is no tensor."""
+    for result in call.results:
+        trace.set_ids(result, None)
+
+
+def opaque(trace: Trace, call: Call) -> None:
+    """No rule: pass ids on where shapes agree, pin them otherwise."""
+    if any(trace.ids(t) is not None or trace.view(t) is not None for t in call.tensors):
+        forget(trace, call, f"operator {call.name} has no rule")

@@ -1,0 +1,199 @@
+"""What a trace writes down: neurons, the edges that parameters make between them, and how neurons move together.
+
+A *neuron id* is an integer handed out by :class:`Record`.  Ids may turn out to be the same neuron (query and key
+channels, the two factors of a gate) and are then united; everything stored earlier is read through
+:meth:`Record.find`.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from enum import IntEnum
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from .structure import EdgeType
+
+NONE = -1
+"""Stands in an id tensor where an activation belongs to no neuron."""
+
+
+class Role(IntEnum):
+    """What an attention layer uses a neuron for."""
+
+    PLAIN = 0
+    QUERY = 1
+    KEY = 2
+    VALUE = 3
+
+
+@dataclass(frozen=True)
+class Allocation:
+    """Ids ``start .. start + size - 1``, handed out together because one axis of one parameter made them."""
+
+    name: str
+    kind: str
+    start: int
+    size: int
+
+
+@dataclass(frozen=True)
+class ParameterUse:
+    """One parameter (or a slice of it) between two lists of neurons.
+
+    The element for source j, target i, feature f has flat index ``source_elements[j] + target_elements[i] +
+    feature_elements[f]``.
+    """
+
+    parameter: str
+    edge_type: EdgeType
+    source: Tensor
+    target: Tensor
+    source_elements: Tensor
+    target_elements: Tensor
+    feature_elements: Tensor
+
+    def elements(self) -> Tensor:
+        """Flat indices, int64 [J, I, F]."""
+        return self.source_elements[:, None, None] + self.target_elements[:, None] + self.feature_elements
+
+    def range(self) -> tuple[int, int]:
+        """The smallest and the largest flat index."""
+        parts = (self.source_elements, self.target_elements, self.feature_elements)
+        return sum(int(part.min()) for part in parts), sum(int(part.max()) for part in parts)
+
+
+@dataclass
+class Record:
+    """The growing result of a trace."""
+
+    allocations: list[Allocation] = field(default_factory=list)
+    uses: list[ParameterUse] = field(default_factory=list)
+    constants: list[tuple[EdgeType, Tensor, Tensor]] = field(default_factory=list)
+    repeats: list[tuple[Tensor, Tensor]] = field(default_factory=list)
+    ties: list[tuple[Tensor, Tensor]] = field(default_factory=list)
+    stars: list[tuple[Tensor, Tensor]] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+    pin_reasons: list[str] = field(default_factory=list)
+    count: int = 0
+
+    def __post_init__(self) -> None:
+        self._parent = np.empty(0, dtype=np.int64)
+        self._read = np.empty(0, dtype=bool)
+        self._pin = np.empty(0, dtype=np.int32)
+        self._role = np.empty(0, dtype=np.int8)
+
+    def new_neurons(self, name: str, size: int, kind: str = "neuron", pinned: str | None = None) -> Tensor:
+        """Hand out ``size`` fresh ids, int64 [size]."""
+        start, self.count = self.count, self.count + size
+        self.allocations.append(Allocation(name, kind, start, size))
+        self._parent = np.concatenate([self._parent, np.arange(start, self.count)])
+        self._read = np.concatenate([self._read, np.zeros(size, dtype=bool)])
+        self._pin = np.concatenate([self._pin, np.zeros(size, dtype=np.int32)])
+        self._role = np.concatenate([self._role, np.zeros(size, dtype=np.int8)])
+        ids = torch.arange(start, self.count)
+        if pinned is not None:
+            self.pin(ids, pinned)
+        return ids
+
+    def find(self, ids: Tensor) -> Tensor:
+        """The representative of each id; ``NONE`` stays ``NONE``."""
+        flat = ids.numpy()
+        found = np.where(flat >= 0, flat, 0)
+        if self.count:
+            while True:
+                parents = self._parent[found]
+                if np.array_equal(parents, found):
+                    break
+                found = parents
+        return torch.from_numpy(np.where(flat >= 0, found, NONE))
+
+    def unite(self, first: Tensor, second: Tensor) -> None:
+        """Declare the neurons of two lists, paired one to one, to be the same."""
+        a, b = self.find(first).numpy(), self.find(second).numpy()
+        low, high = np.minimum(a, b), np.maximum(a, b)
+        self._parent[high] = low
+        self._read[low] |= self._read[high]
+        self._pin[low] = np.maximum(self._pin[low], self._pin[high])
+
+    def mark_read(self, ids: Tensor) -> None:
+        """Remember that a linear map has read these neurons: what is added to them later is a new place."""
+        self._read[self._roots(ids)] = True
+
+    def is_read(self, ids: Tensor) -> bool:
+        return bool(self._read[self._roots(ids)].any())
+
+    def pin(self, ids: Tensor, reason: str) -> None:
+        """Give neurons an identity of their own; the first reason stays."""
+        roots = self._roots(ids)
+        if reason not in self.pin_reasons:
+            self.pin_reasons.append(reason)
+        number = self.pin_reasons.index(reason) + 1
+        self._pin[roots] = np.where(self._pin[roots] == 0, number, self._pin[roots])
+
+    def pin_reason(self, neuron: int) -> str | None:
+        number = self._pin[neuron]
+        return self.pin_reasons[number - 1] if number else None
+
+    def pinned(self, ids: Tensor) -> np.ndarray:
+        return self._pin[self._roots(ids)] > 0
+
+    def pinned_flags(self, neurons: np.ndarray) -> np.ndarray:
+        """Whether each of these representatives is pinned, bool of the same shape."""
+        return self._pin[neurons] > 0
+
+    def set_role(self, ids: Tensor, role: Role) -> None:
+        """Give a role to every id of these neurons so far.
+
+        Roles stay with the ids that parameters made, not with the neuron, which may be a query and a key at once.
+        """
+        same = np.isin(self.find(torch.arange(self.count)).numpy(), self._roots(ids))
+        self._role[same & (self._role == Role.PLAIN)] = role
+
+    def roles(self, ids: Tensor) -> np.ndarray:
+        return self._role[ids.numpy()]
+
+    def connect(self, edge_type: EdgeType, source: Tensor, target: Tensor) -> None:
+        """Constant edges, paired element by element."""
+        self.constants.append((edge_type, source.clone(), target.clone()))
+
+    def repeat(self, parent: Tensor, child: Tensor) -> None:
+        """Each parent neuron is copied to several children, which move with it."""
+        self.repeats.append((parent.clone(), child.clone()))
+        self.connect(EdgeType.RESIDUAL, parent, child)
+
+    def _roots(self, ids: Tensor) -> np.ndarray:
+        flat = self.find(ids.flatten()).numpy()
+        return np.unique(flat[flat >= 0])
+
+
+def compact(ids: Tensor) -> Tensor:
+    """Shrink every dimension along which the ids do not change to size 1."""
+    for dim in range(ids.dim()):
+        if ids.shape[dim] > 1:
+            first = ids.narrow(dim, 0, 1)
+            if bool((ids == first).all()):
+                ids = first
+    return ids
+
+
+def varying(ids: Tensor) -> tuple[int, ...]:
+    """The dimensions along which compact ids change."""
+    return tuple(dim for dim in range(ids.dim()) if ids.shape[dim] > 1)
+
+
+def unique_pairs(first: Tensor, second: Tensor) -> tuple[Tensor, Tensor]:
+    """The distinct pairs of two id tensors of the same shape, leaving out those with ``NONE``."""
+    first, second = first.flatten(), second.flatten()
+    valid = (first >= 0) & (second >= 0)
+    pairs = torch.stack([first[valid], second[valid]])
+    if pairs.shape[1]:
+        pairs = torch.unique(pairs, dim=1)
+    return pairs[0], pairs[1]
+
+
+def is_function(source: Tensor) -> bool:
+    """Whether no source occurs twice in a list of distinct pairs."""
+    return source.unique().numel() == source.numel()

@@ -1,0 +1,209 @@
+"""Run a model once and follow every parameter axis through the ATen operators.
+
+Every tensor of the forward pass carries one of two kinds of provenance:
+
+* a *view* of a parameter, as a shadow of the same shape and strides on the meta device, so that transposing, slicing
+and
+  splitting weights needs no rule at all: the shadow's strides say which element is where;
+* *neuron ids*, an int64 tensor of the same shape (kept with size 1 along dimensions where the ids do not change).
+
+Movement operators run on ids and shadows as they are; pointwise operators, contractions, convolutions, normalisations
+and reductions have rules in :mod:`hf_nino.graph.operators`.  An operator without a rule pins what goes in and forgets
+it, so that a trace never fails where the model itself runs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves, tree_map_only
+
+from .provenance import Record, compact
+
+
+@dataclass(frozen=True)
+class ParameterView:
+    """A tensor all of whose elements are elements of one parameter."""
+
+    parameter: str
+    shadow: Tensor
+    """Meta tensor with the strides and offset of the view in the contiguous, flattened parameter."""
+
+    @property
+    def elements_dims(self) -> tuple[int, ...]:
+        """Dimensions along which different elements of the parameter lie."""
+        pairs = zip(self.shadow.shape, self.shadow.stride(), strict=True)
+        return tuple(dim for dim, (size, stride) in enumerate(pairs) if size > 1 and stride != 0)
+
+    def dim_elements(self, dim: int) -> Tensor:
+        """Offsets of the elements along one dimension, int64 [size]."""
+        return torch.arange(self.shadow.shape[dim]) * self.shadow.stride(dim)
+
+    def with_shadow(self, shadow: Tensor) -> ParameterView:
+        return ParameterView(self.parameter, shadow)
+
+
+@dataclass
+class Call:
+    """One operator call: its arguments by schema name, and what it returned."""
+
+    function: Any
+    arguments: dict[str, Any]
+    result: Any
+
+    @property
+    def name(self) -> str:
+        return self.function._schema.name
+
+    @property
+    def tensors(self) -> list[Tensor]:
+        return [leaf for leaf in tree_leaves(self.arguments) if isinstance(leaf, Tensor)]
+
+    @property
+    def results(self) -> list[Tensor]:
+        return [leaf for leaf in tree_leaves(self.result) if isinstance(leaf, Tensor)]
+
+
+class Trace(TorchDispatchMode):
+    """Records, while active, where neurons come from; see the module's docstring.
+
+    Args:
+        model: its parameters (and the running statistics of its normalisations) are followed.
+        inputs: tensors that are data; what is read from them becomes pinned input neurons.
+    """
+
+    def __init__(self, model: nn.Module, inputs: Any) -> None:
+        super().__init__()
+        from .operators import apply_rule
+
+        self._apply_rule = apply_rule
+        self.record = Record()
+        self._ids: dict[int, Tensor] = {}
+        self._views: dict[int, ParameterView] = {}
+        # Strong references keep id() of every tensor of the trace unique.
+        self._alive: dict[int, Tensor] = {}
+        self._inputs = {id(leaf) for leaf in tree_leaves(inputs) if isinstance(leaf, Tensor)}
+        self._alive.update({id(leaf): leaf for leaf in tree_leaves(inputs) if isinstance(leaf, Tensor)})
+        self.shapes: dict[str, tuple[int, ...]] = {}
+        self._storages: dict[int, tuple[str, int]] = {}
+        for name, tensor in model.named_parameters():
+            self._register(name, tensor)
+        self._buffers = {id(buffer): (name, buffer) for name, buffer in model.named_buffers()}
+
+    def _register(self, name: str, tensor: Tensor) -> None:
+        self.shapes[name] = tuple(tensor.shape)
+        self._alive[id(tensor)] = tensor
+        self._views[id(tensor)] = ParameterView(name, torch.empty(tensor.shape, device="meta"))
+
+    def view(self, tensor: Any) -> ParameterView | None:
+        """The parameter that a tensor is a view of."""
+        return self._views.get(id(tensor)) if isinstance(tensor, Tensor) else None
+
+    def buffer_view(self, tensor: Any) -> ParameterView | None:
+        """A registered buffer as if it were a frozen parameter: running statistics move with their channels."""
+        if not isinstance(tensor, Tensor):
+            return None
+        if id(tensor) not in self._views and id(tensor) in self._buffers:
+            self._register(*self._buffers[id(tensor)])
+        return self._views.get(id(tensor))
+
+    def ids(self, tensor: Any) -> Tensor | None:
+        """Compact neuron ids of an activation, or ``None``."""
+        ids = self._ids.get(id(tensor)) if isinstance(tensor, Tensor) else None
+        return None if ids is None else compact(self.record.find(ids))
+
+    def full_ids(self, tensor: Tensor) -> Tensor | None:
+        """Neuron ids expanded to the tensor's shape."""
+        ids = self.ids(tensor)
+        return None if ids is None else ids.expand(tensor.shape)
+
+    def set_ids(self, tensor: Tensor, ids: Tensor | None) -> None:
+        self._alive[id(tensor)] = tensor
+        self._views.pop(id(tensor), None)
+        if ids is None or bool((ids < 0).all()):
+            self._ids.pop(id(tensor), None)
+        else:
+            self._ids[id(tensor)] = compact(ids)
+
+    def set_view(self, tensor: Tensor, view: ParameterView) -> None:
+        self._alive[id(tensor)] = tensor
+        self._views[id(tensor)] = view
+
+    def is_input(self, tensor: Tensor) -> bool:
+        """Whether a tensor is data given to the model, or was moved from it."""
+        return id(tensor) in self._inputs
+
+    def mark_input(self, tensor: Tensor) -> None:
+        self._alive[id(tensor)] = tensor
+        self._inputs.add(id(tensor))
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        result = function(*args, **(kwargs or {}))
+        names = [argument.name for argument in function._schema.arguments]
+        call = Call(function, dict(zip(names, args, strict=False)) | (kwargs or {}), result)
+        if any(self._followed(tensor) for tensor in call.tensors):
+            self._apply_rule(self, call)
+        return result
+
+    def _followed(self, tensor: Tensor) -> bool:
+        key = id(tensor)
+        return key in self._ids or key in self._views or key in self._inputs or key in self._buffers
+
+
+@contextmanager
+def quiet_forward(model: nn.Module):
+    """Evaluation mode, eager attention, plain mathematics and no gradients; everything is put back afterwards."""
+    training = {module: module.training for module in model.modules()}
+    implementation = getattr(getattr(model, "config", None), "_attn_implementation", None)
+    fast_path = torch.backends.mha.get_fastpath_enabled()
+    try:
+        model.eval()
+        if implementation not in (None, "eager") and hasattr(model, "set_attn_implementation"):
+            model.set_attn_implementation("eager")
+        torch.backends.mha.set_fastpath_enabled(False)
+        with ExitStack() as stack:
+            stack.enter_context(torch.no_grad())
+            stack.enter_context(torch.random.fork_rng(devices=[]))
+            stack.enter_context(sdpa_kernel(SDPBackend.MATH))
+            yield
+    finally:
+        torch.backends.mha.set_fastpath_enabled(fast_path)
+        if implementation not in (None, "eager") and hasattr(model, "set_attn_implementation"):
+            model.set_attn_implementation(implementation)
+        for module, flag in training.items():
+            module.training = flag
+
+
+def trace(model: nn.Module, arguments: tuple, keywords: Mapping[str, Any]) -> Trace:
+    """Run ``model(*arguments, **keywords)`` once and return what was recorded.
+
+    Neurons that reach the model's output are pinned: a caller knows them by position.
+    """
+    with quiet_forward(model):
+        mode = Trace(model, (arguments, dict(keywords)))
+        with mode:
+            output = model(*arguments, **keywords)
+    for leaf in output_tensors(output):
+        ids = mode.ids(leaf)
+        if ids is not None:
+            mode.record.pin(ids, "output of the model")
+    return mode
+
+
+def output_tensors(output: Any) -> list[Tensor]:
+    """The floating-point tensors of a model's output, whatever containers they are in."""
+    if hasattr(output, "to_tuple"):
+        output = output.to_tuple()
+    return [leaf for leaf in tree_leaves(output) if isinstance(leaf, Tensor) and leaf.is_floating_point()]
+
+
+def on_cpu(value: Any) -> Any:
+    """Tensors inside nested arguments, moved to the CPU, where ids live."""
+    return tree_map_only(Tensor, lambda tensor: tensor.cpu(), value)
