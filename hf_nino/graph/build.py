@@ -1,0 +1,398 @@
+"""From a trace to a :class:`~hf_nino.graph.structure.NeuralGraph`: groups, blocks, constants, verified symmetries."""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import math
+from collections import defaultdict
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from transformers.utils import logging
+
+from .inputs import split_inputs
+from .provenance import ParameterUse, Role
+from .selections import Segment, segments
+from .structure import (
+    ConstantEdges,
+    EdgeBlock,
+    EdgeType,
+    NeuralGraph,
+    NeuronGroup,
+    Nodes,
+    Symmetry,
+    contiguous_strides,
+)
+from .symmetry import propose
+from .trace import Trace, trace
+from .verify import PermutationTest
+
+logger = logging.get_logger(__name__)
+
+ROLE_TYPES = {Role.QUERY: EdgeType.QUERY, Role.KEY: EdgeType.KEY, Role.VALUE: EdgeType.VALUE}
+
+
+def build_graph(model: nn.Module, example_inputs: Any = None, *, verify: bool = True) -> NeuralGraph:
+    """The neural graph of a model, from one traced forward pass.
+
+    Args:
+        model: any module; its mode, attention implementation and random state are left as they were.
+        example_inputs: what one call gets: a dict of keyword arguments, a tuple of arguments, or one argument.  Made
+            up when ``None`` for transformers models that take ``input_ids`` or ``pixel_values``.
+        verify: test every proposed permutation on random weights (needs two more copies of the parameters, for the
+            time of the test) and give private neurons to what fails.  Without it, nothing is proven.
+
+    Returns:
+        The graph; ``graph.report`` says what is private, refuted or shared.
+
+    Raises:
+        ValueError: no example inputs, no trainable parameters, or the forward pass fails.
+    """
+    trainable = {name for name, p in model.named_parameters() if p.requires_grad and p.is_floating_point()}
+    if not trainable:
+        raise ValueError(
+            f"`model` must have a trainable floating-point parameter, but {type(model).__name__} has none"
+        )
+    arguments, keywords = split_inputs(model, example_inputs)
+    try:
+        traced = trace(model, arguments, keywords)
+    except Exception as error:
+        raise ValueError(
+            f"`model` must run on `example_inputs`, but one forward pass of {type(model).__name__} failed with "
+            f"{type(error).__name__}: {error}"
+        ) from error
+    graph = Builder(traced, trainable, aliases(model)).graph()
+    if verify:
+        graph = verified(graph, PermutationTest(model, arguments, keywords, graph))
+    for line in graph.report:
+        logger.info(line)
+    return graph
+
+
+def aliases(model: nn.Module) -> dict[str, str]:
+    """Other names of tied parameters: {alias: the name that ``named_parameters()`` gives}."""
+    first: dict[int, str] = {}
+    found = {}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        if id(parameter) in first:
+            found[name] = first[id(parameter)]
+        else:
+            first[id(parameter)] = name
+    return found
+
+
+def verified(graph: NeuralGraph, test: PermutationTest) -> NeuralGraph:
+    """The graph with refuted symmetries removed, and private neurons for groups whose single neurons were refuted."""
+    refuted = test.refuted()
+    if not refuted:
+        return graph
+    private: set[int] = set()
+    report = list(graph.report)
+    offsets = torch.tensor(graph.group_offsets)
+    for symmetry in refuted:
+        touched = set((torch.searchsorted(offsets, symmetry.units.unique(), right=True) - 1).tolist())
+        if symmetry.name.startswith("neurons of"):
+            private |= touched
+            report.append(f"refuted: {symmetry.name}; their parameters get private neurons")
+        else:
+            report.append(f"refuted: {symmetry.name}; they stay where they are")
+    kept = tuple(symmetry for symmetry in graph.symmetries if symmetry not in refuted)
+    graph = dataclasses.replace(graph, symmetries=kept, report=tuple(report))
+    return privatize(graph, private) if private else graph
+
+
+def privatize(graph: NeuralGraph, private: set[int]) -> NeuralGraph:
+    """Take some groups apart: each block that touched them gets neurons of its own on that side."""
+    groups = list(graph.groups)
+    blocks = []
+    for number, block in enumerate(graph.blocks):
+        changes = {}
+        for side in ("source", "target"):
+            nodes: Nodes = getattr(block, side)
+            if nodes.group in private:
+                name = f"{block.parameter}[private {side} {number}]"
+                groups.append(NeuronGroup(name, len(nodes), "private", "refuted by the permutation test"))
+                changes[side] = Nodes(len(groups) - 1, nodes.sizes, contiguous_strides(nodes.sizes))
+        blocks.append(dataclasses.replace(block, **changes))
+    constants = [c for c in graph.constants if not {c.source.group, c.target.group} & private]
+    offsets = torch.tensor(graph.group_offsets)
+    symmetries = []
+    for symmetry in graph.symmetries:
+        moved = set((torch.searchsorted(offsets, symmetry.units.unique(), right=True) - 1).tolist())
+        if not moved & private:
+            symmetries.append(symmetry)
+    return _without_empty_groups(graph, groups, blocks, constants, symmetries)
+
+
+def _without_empty_groups(graph: NeuralGraph, groups, blocks, constants, symmetries) -> NeuralGraph:
+    """Drop groups that nothing refers to and renumber."""
+    sides = [side for edges in (*blocks, *constants) for side in (edges.source, edges.target)]
+    used = sorted({side.group for side in sides})
+    number = {old: new for new, old in enumerate(used)}
+    sizes = [group.size for group in groups]
+    old_offsets = torch.tensor([0, *itertools.accumulate(sizes)][:-1])
+    new_offsets = torch.tensor([0, *itertools.accumulate(sizes[old] for old in used)][:-1])
+
+    def renumber(nodes: Nodes) -> Nodes:
+        return dataclasses.replace(nodes, group=number[nodes.group])
+
+    def move(symmetry: Symmetry) -> Symmetry:
+        old = torch.searchsorted(old_offsets, symmetry.units, right=True) - 1
+        new = torch.tensor([number.get(group, -1) for group in range(len(groups))])[old]
+        return Symmetry(symmetry.name, symmetry.units - old_offsets[old] + new_offsets[new])
+
+    return dataclasses.replace(
+        graph,
+        groups=tuple(groups[old] for old in used),
+        blocks=tuple(dataclasses.replace(b, source=renumber(b.source), target=renumber(b.target)) for b in blocks),
+        constants=tuple(
+            dataclasses.replace(c, source=renumber(c.source), target=renumber(c.target)) for c in constants
+        ),
+        symmetries=tuple(move(symmetry) for symmetry in symmetries),
+    )
+
+
+class Builder:
+    """Turns the record of a trace into frozen data."""
+
+    def __init__(self, traced: Trace, trainable: set[str], tied: dict[str, str]) -> None:
+        self.record, self.shapes, self.trainable, self.aliases = traced.record, traced.shapes, trainable, tied
+        record = self.record
+        root = record.find(torch.arange(record.count)).numpy()
+        used = np.zeros(record.count, dtype=bool)
+        for use in record.uses:
+            used[root[use.source.numpy()]] = used[root[use.target.numpy()]] = True
+        self.constants = self._distinct_constants(root)
+        for _, source, target in self.constants:
+            used[source] = used[target] = True
+        self.root = root
+        self.members = np.flatnonzero(used[root])
+        self.nodes = np.flatnonzero(used & (root == np.arange(record.count)))
+        self._make_groups()
+
+    def _distinct_constants(self, root: np.ndarray) -> list[tuple[EdgeType, np.ndarray, np.ndarray]]:
+        seen, found = set(), []
+        for edge_type, source, target in self.record.constants:
+            pair = root[source.numpy()], root[target.numpy()]
+            key = (edge_type, pair[0].tobytes(), pair[1].tobytes())
+            if key not in seen:
+                seen.add(key)
+                found.append((edge_type, *pair))
+        return found
+
+    def _make_groups(self) -> None:
+        """Neurons of one origin form a group: made by the same axes of the same parameters, for the same roles."""
+        record = self.record
+        starts = np.array([allocation.start for allocation in record.allocations])
+        allocation = np.searchsorted(starts, np.arange(record.count), side="right") - 1
+        origin = allocation * len(Role) + record.roles(torch.arange(record.count))
+        roots = self.root[self.members]
+        order = np.argsort(roots, kind="stable")
+        sorted_roots, sorted_origins = roots[order], origin[self.members][order]
+        firsts = np.flatnonzero(np.r_[True, np.diff(sorted_roots) != 0])
+        counts = np.diff(np.r_[firsts, len(sorted_roots)])
+        index_of: dict[tuple[int, ...], int] = {}
+        group = np.empty(len(self.nodes), dtype=np.int64)
+        single = counts == 1
+        kinds, inverse = np.unique(sorted_origins[firsts[single]], return_inverse=True)
+        numbers = np.array([index_of.setdefault((int(kind),), len(index_of)) for kind in kinds], dtype=np.int64)
+        group[single] = numbers[inverse]
+        for place in np.flatnonzero(~single):
+            signature = tuple(sorted(sorted_origins[firsts[place] : firsts[place] + counts[place]].tolist()))
+            group[place] = index_of.setdefault(signature, len(index_of))
+        # Number the groups by their first neuron, which is the order of the forward pass.
+        _, first_node = np.unique(group, return_index=True)
+        rank = np.argsort(np.argsort(first_node))
+        group = rank[group]
+        signatures = [signature for signature, _ in sorted(index_of.items(), key=lambda item: rank[item[1]])]
+        self.group_sizes = np.bincount(group, minlength=len(signatures))
+        self.group_of = np.full(record.count, -1)
+        self.group_of[self.nodes] = group
+        self.position = np.full(record.count, -1)
+        by_group = np.argsort(group, kind="stable")
+        starts_of = np.r_[0, np.cumsum(self.group_sizes)[:-1]]
+        self.position[self.nodes[by_group]] = np.arange(len(group)) - np.repeat(starts_of, self.group_sizes)
+        self.offsets = starts_of
+        self.groups = self._describe(signatures, by_group)
+
+    def _describe(self, signatures: list[tuple[int, ...]], by_group: np.ndarray) -> list[NeuronGroup]:
+        record = self.record
+        described = []
+        names: dict[str, int] = defaultdict(int)
+        for number, signature in enumerate(signatures):
+            made_by = [record.allocations[code // len(Role)] for code in signature]
+            roles = [Role(code % len(Role)).name.lower() for code in signature if code % len(Role) != Role.PLAIN]
+            name = " + ".join(dict.fromkeys(allocation.name for allocation in made_by))
+            if roles:
+                name += f"[{'+'.join(dict.fromkeys(roles))}]"
+            names[name] += 1
+            if names[name] > 1:
+                name += f" ({names[name]})"
+            start = self.offsets[number]
+            nodes = self.nodes[by_group[start : start + self.group_sizes[number]]]
+            reasons = dict.fromkeys(reason for node in nodes if (reason := record.pin_reason(node)))
+            pinned = "; ".join(reasons) or None
+            described.append(NeuronGroup(name, int(self.group_sizes[number]), made_by[0].kind, pinned))
+        return described
+
+    def _places(self, ids: Tensor) -> tuple[np.ndarray, np.ndarray]:
+        nodes = self.root[ids.numpy()]
+        return self.group_of[nodes], self.position[nodes]
+
+    def _node(self, ids: np.ndarray) -> np.ndarray:
+        nodes = self.root[ids]
+        return self.offsets[self.group_of[nodes]] + self.position[nodes]
+
+    def _segments(self, ids: Tensor, elements: Tensor, label: np.ndarray) -> list[Segment]:
+        group, position = self._places(ids)
+        return segments(group, position, elements.numpy(), label)
+
+    def _blocks_of(self, use: ParameterUse) -> list[EdgeBlock]:
+        linear = use.edge_type == EdgeType.LINEAR
+        no_label = np.zeros(len(use.source), dtype=np.int64)
+        label = self.record.roles(use.target)
+        features = use.feature_elements.numpy()
+        feature_sizes, feature_strides = (), ()
+        if len(features) > 1:
+            step = int(features[1] - features[0])
+            feature_sizes, feature_strides = (len(features),), (step,)
+        blocks = []
+        for number, target in enumerate(self._segments(use.target, use.target_elements, label)):
+            edge_type = ROLE_TYPES.get(Role(int(label[target.start])), use.edge_type) if linear else use.edge_type
+            for source in self._segments(use.source, use.source_elements, no_label):
+                source = self._own_parameter_node(source, number)
+                first, second = (target, source) if edge_type == EdgeType.KEY else (source, target)
+                blocks.append(
+                    EdgeBlock(
+                        use.parameter,
+                        edge_type,
+                        first.nodes,
+                        second.nodes,
+                        first.strides,
+                        second.strides,
+                        feature_sizes,
+                        feature_strides,
+                        source.offset + target.offset,
+                        use.parameter in self.trainable,
+                    )
+                )
+        return blocks
+
+    def _own_parameter_node(self, source: Segment, number: int) -> Segment:
+        """A fused bias has one node for queries, one for keys, one for values, as three separate biases would have."""
+        group = self.groups[source.nodes.group]
+        if group.kind != "parameter" or number == 0:
+            return source
+        self.groups.append(dataclasses.replace(group, name=f"{group.name} ({number + 1})"))
+        return dataclasses.replace(source, nodes=dataclasses.replace(source.nodes, group=len(self.groups) - 1))
+
+    def _constant_edges(self) -> list[ConstantEdges]:
+        found = []
+        for edge_type, source, target in self.constants:
+            source_group, source_position = self.group_of[source], self.position[source]
+            pieces = segments(
+                self.group_of[target], self.position[target], source_position, source_group, distinct=False
+            )
+            for piece in pieces:
+                group = int(source_group[piece.start])
+                found.append(
+                    ConstantEdges(edge_type, Nodes(group, piece.nodes.sizes, piece.strides, piece.offset), piece.nodes)
+                )
+        return found
+
+    def graph(self) -> NeuralGraph:
+        """Groups, blocks, constants and proposed symmetries, with private neurons for what the trace never placed."""
+        blocks = [block for use in self.record.uses for block in self._blocks_of(use)]
+        report = list(dict.fromkeys(self.record.notes))
+        blocks += self._private_blocks(blocks, report)
+        node = self._node
+        together = [(node(a.numpy()), node(b.numpy())) for a, b in self._known(self.record.ties + self.record.repeats)]
+        stars = [(node(a.numpy()), node(b.numpy())) for a, b in self._known(self.record.stars)]
+        pinned = np.zeros(sum(group.size for group in self.groups), dtype=bool)
+        pinned[node(self.nodes)] = self.record.pinned_flags(self.nodes)
+        group_of = np.repeat(np.arange(len(self.groups)), [group.size for group in self.groups])
+        pinned |= np.array([group.kind == "private" for group in self.groups])[group_of]
+        names = [group.name for group in self.groups]
+        on_blocks = {block.parameter for block in blocks}
+        return NeuralGraph(
+            groups=tuple(self.groups),
+            blocks=tuple(blocks),
+            constants=tuple(self._constant_edges()),
+            symmetries=tuple(propose(group_of, names, pinned, together, stars)),
+            shapes={name: shape for name, shape in self.shapes.items() if name in on_blocks},
+            report=tuple(report),
+            aliases=self.aliases,
+        )
+
+    def _known(self, pairs: list[tuple[Tensor, Tensor]]) -> list[tuple[Tensor, Tensor]]:
+        """Pairs both of whose neurons are in the graph."""
+        known = []
+        for first, second in pairs:
+            valid = torch.from_numpy(
+                (self.group_of[self.root[first.numpy()]] >= 0) & (self.group_of[self.root[second.numpy()]] >= 0)
+            )
+            known.append((first[valid], second[valid]))
+        return known
+
+    def _private_blocks(self, blocks: list[EdgeBlock], report: list[str]) -> list[EdgeBlock]:
+        """Blocks with neurons of their own for every element of a trainable parameter that lies on no edge."""
+        by_name: dict[str, list[EdgeBlock]] = defaultdict(list)
+        for block in blocks:
+            by_name[block.parameter].append(block)
+        private = []
+        for name, shape in self.shapes.items():
+            if name not in self.trainable and name not in by_name:
+                continue
+            covered = sum(math.prod(block.shape) for block in by_name[name])
+            if covered == math.prod(shape):
+                continue
+            free = torch.ones(math.prod(shape), dtype=torch.bool)
+            for block in by_name[name]:
+                free[block.elements().flatten()] = False
+            boxes = rectangles(free.view(shape or (1,)))
+            report.append(
+                f"{name}: {int(free.sum())} of {free.numel()} elements were not reached and get private neurons"
+            )
+            private += [self._private_block(name, shape or (1,), box, number) for number, box in enumerate(boxes)]
+        return private
+
+    def _private_block(self, name: str, shape: tuple[int, ...], box: list[slice], number: int) -> EdgeBlock:
+        """The last axis are targets, all others sources."""
+        strides = contiguous_strides(shape)
+        sizes = tuple(part.stop - part.start for part in box)
+        sides = []
+        for side, side_sizes in (("source", sizes[:-1] or (1,)), ("target", sizes[-1:])):
+            reason = "not reached by the traced forward pass"
+            group_name = f"{name}[private {side} {number}]"
+            self.groups.append(NeuronGroup(group_name, math.prod(side_sizes), "private", reason))
+            sides.append(Nodes(len(self.groups) - 1, side_sizes, contiguous_strides(side_sizes)))
+        edge_type = EdgeType.LINEAR if len(shape) > 1 else EdgeType.OTHER
+        return EdgeBlock(
+            name, edge_type, sides[0], sides[1], strides[:-1] or (0,), strides[-1:],
+            offset=sum(part.start * stride for part, stride in zip(box, strides, strict=True)),
+            trainable=name in self.trainable,
+        )  # fmt: skip
+
+
+def rectangles(free: Tensor) -> list[list[slice]]:
+    """Cut a boolean tensor's true elements into disjoint boxes."""
+    free = free.clone()
+    boxes = []
+    while bool(free.any()):
+        corner = [int(index) for index in free.nonzero()[0]]
+        box = [slice(index, index + 1) for index in corner]
+        for dim in reversed(range(free.dim())):
+            while box[dim].stop < free.shape[dim]:
+                longer = [*box]
+                longer[dim] = slice(box[dim].start, box[dim].stop + 1)
+                edge = [*longer]
+                edge[dim] = slice(box[dim].stop, box[dim].stop + 1)
+                if not bool(free[tuple(edge)].all()):
+                    break
+                box = longer
+        free[tuple(box)] = False
+        boxes.append(box)
+    return boxes

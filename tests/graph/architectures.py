@@ -1,0 +1,306 @@
+"""One list of small models, with the neuron groups that each must have, for all tests of graphs and nowcasters.
+
+The groups are written by hand from the architecture: name a group by one of the modules that make its neurons and
+give its size.  This is the resolution test: a trace that merges channels of a head, or heads, still keeps every
+output under permutations, but its groups are too small.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+import transformers
+from torch import Tensor, nn
+
+TEXT = {
+    "vocab_size": 61,
+    "num_hidden_layers": 2,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_attention_heads": 4,
+    "max_position_embeddings": 32,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+    "pad_token_id": None,
+}
+
+
+@dataclass(frozen=True)
+class Architecture:
+    """A model, its inputs, the sizes of its neuron groups (single nodes of biases and norms left out), its symmetries.
+
+    ``groups`` lists (beginning of the name, size) in the order of the forward pass, and ``symmetries`` the shapes
+    [blocks, units, nodes] of the permutations that must have been found and verified.
+    """
+
+    name: str
+    build: Callable[[], nn.Module]
+    groups: list[tuple[str, int]]
+    symmetries: list[tuple[int, int, int]]
+    inputs: Any = None
+    pinned: list[str] = field(default_factory=list)
+
+    def model(self) -> nn.Module:
+        """The model with random weights of a size at which every part of it matters."""
+        generator = torch.Generator().manual_seed(1)
+        torch.manual_seed(0)
+        model = self.build().eval()
+        with torch.no_grad():
+            for parameter in model.parameters():
+                if parameter.dim() < 2:
+                    parameter.add_(0.3 * torch.randn(parameter.shape, generator=generator))
+                else:
+                    parameter.copy_(torch.randn(parameter.shape, generator=generator) / parameter[0].numel() ** 0.5)
+            for name, buffer in model.named_buffers():
+                if "running" in name:
+                    buffer.add_(torch.rand(buffer.shape, generator=generator))
+        return model
+
+
+class Perceptron(nn.Module):
+    """Two hidden layers."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second, self.last = nn.Linear(7, 16), nn.Linear(16, 12), nn.Linear(12, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.last(torch.tanh(self.second(torch.relu(self.first(x)))))
+
+
+class ConvolutionalNet(nn.Module):
+    """Convolutions with batch norm, a residual connection, a depthwise convolution, and a flattened image."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.norm = nn.Conv2d(3, 8, 3, padding=1), nn.BatchNorm2d(8)
+        self.inner = nn.Conv2d(8, 8, 3, padding=1)
+        self.depthwise = nn.Conv2d(8, 8, 3, padding=1, groups=8)
+        self.wide = nn.Conv2d(8, 6, 5, padding=2, bias=False)
+        self.classifier = nn.Linear(6 * 4, 5)
+
+    def forward(self, image: Tensor) -> Tensor:
+        x = torch.relu(self.norm(self.stem(image)))
+        x = x + self.depthwise(torch.relu(self.inner(x)))
+        x = nn.functional.max_pool2d(torch.relu(self.wide(x)), 4)
+        return self.classifier(x.flatten(1))
+
+
+class FusedAttention(nn.Module):
+    """A user's own block: fused projection, `scaled_dot_product_attention`, gate and value in one matrix."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed, self.position = nn.Embedding(30, 16), nn.Parameter(torch.zeros(1, 8, 16))
+        self.qkv, self.out = nn.Linear(16, 48, bias=False), nn.Linear(16, 16)
+        self.gate_up, self.down = nn.Linear(16, 40), nn.Linear(20, 16)
+        self.norm, self.head = nn.RMSNorm(16), nn.Linear(16, 30, bias=False)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        x = self.embed(tokens) + self.position[:, : tokens.shape[1]]
+        q, k, v = (part.unflatten(-1, (4, 4)).transpose(1, 2) for part in self.qkv(x).chunk(3, dim=-1))
+        attended = nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True)
+        x = x + self.out(attended.transpose(1, 2).flatten(2))
+        gate, up = self.gate_up(self.norm(x)).chunk(2, dim=-1)
+        return self.head(x + self.down(torch.sigmoid(gate) * up))
+
+
+def _gpt2() -> nn.Module:
+    return transformers.GPT2LMHeadModel(
+        transformers.GPT2Config(
+            n_layer=2, n_embd=24, n_head=3, vocab_size=61, n_positions=16, bos_token_id=1, eos_token_id=2
+        )
+    )
+
+
+def _llama(**changes: Any) -> nn.Module:
+    return transformers.LlamaForCausalLM(transformers.LlamaConfig(**(TEXT | changes)))
+
+
+def _bert() -> nn.Module:
+    return transformers.BertForMaskedLM(transformers.BertConfig(**(TEXT | {"pad_token_id": 0})))
+
+
+def _vit() -> nn.Module:
+    config = transformers.ViTConfig(
+        num_hidden_layers=2, hidden_size=24, intermediate_size=40, num_attention_heads=3, image_size=16, patch_size=4
+    )
+    return transformers.ViTForImageClassification(config)
+
+
+def _gpt2_layer(layer: int) -> list[tuple[str, int]]:
+    at = f"transformer.h.{layer}"
+    return [
+        (f"{at}.attn.c_attn[query+key]", 24),
+        (f"{at}.attn.c_attn[value]", 24),
+        (f"{at}.attn.c_attn[heads]", 3),
+        (f"{at}.attn.c_proj", 24),
+        (f"{at}.mlp.c_fc", 96),
+        (f"{at}.mlp.c_proj", 24),
+    ]
+
+
+def _grouped_llama_layer(layer: int) -> list[tuple[str, int]]:
+    at = f"model.layers.{layer}"
+    return [
+        (f"{at}.self_attn.q_proj[query]", 32),
+        (f"{at}.self_attn.k_proj[key]", 16),
+        (f"{at}.self_attn.v_proj[value]", 16),
+        (f"{at}.self_attn.q_proj[heads]", 4),
+        (f"{at}.self_attn.v_proj[repeated]", 32),
+        (f"{at}.self_attn.o_proj", 32),
+        (f"{at}.mlp.gate_proj + {at}.mlp.up_proj", 48),
+        (f"{at}.mlp.down_proj", 32),
+    ]
+
+
+def _llama_layer(layer: int) -> list[tuple[str, int]]:
+    at = f"model.layers.{layer}"
+    return [
+        (f"{at}.self_attn.q_proj + {at}.self_attn.k_proj[query+key]", 32),
+        (f"{at}.self_attn.v_proj[value]", 32),
+        (f"{at}.self_attn.q_proj[heads]", 4),
+        (f"{at}.self_attn.o_proj", 32),
+        (f"{at}.mlp.gate_proj + {at}.mlp.up_proj", 48),
+        (f"{at}.mlp.down_proj", 32),
+    ]
+
+
+def _encoder_layer(names: tuple[str, str, str, str, str, str], width: int, heads: int, inner: int) -> list:
+    query, key, value, output, up, down = names
+    return [
+        (f"{query} + {key}[query+key]", width),
+        (f"{value}[value]", width),
+        (f"{query}[heads]", heads),
+        (output, width),
+        (up, inner),
+        (down, width),
+    ]
+
+
+def _bert_layer(layer: int) -> list[tuple[str, int]]:
+    at = f"bert.encoder.layer.{layer}"
+    inside = ("attention.self.query", "attention.self.key", "attention.self.value", "attention.output.dense")
+    names = tuple(f"{at}.{name}" for name in (*inside, "intermediate.dense", "output.dense"))
+    return _encoder_layer(names, 32, 4, 48)
+
+
+def _vit_layer(layer: int) -> list[tuple[str, int]]:
+    at = f"vit.layers.{layer}"
+    inside = ("attention.q_proj", "attention.k_proj", "attention.v_proj", "attention.o_proj", "mlp.fc1", "mlp.fc2")
+    return _encoder_layer(tuple(f"{at}.{name}" for name in inside), 24, 3, 40)
+
+
+ARCHITECTURES = [
+    Architecture(
+        "gpt2",
+        _gpt2,
+        [
+            ("transformer.wte.weight[row]", 61),
+            ("transformer.wte + transformer.wpe", 24),
+            ("transformer.wpe.weight[row]", 16),
+            *_gpt2_layer(0),
+            *_gpt2_layer(1),
+        ],
+        # The stream at 5 places; per layer query/key and value channels within each of 3 heads, MLP units, heads.
+        [(1, 24, 5), *[(3, 8, 1), (3, 8, 1), (1, 96, 1)] * 2, *[(1, 3, 17)] * 2],
+    ),
+    Architecture(
+        "llama-grouped",
+        lambda: _llama(num_key_value_heads=2),
+        [
+            ("model.embed_tokens.weight[row]", 61),
+            ("model.embed_tokens", 32),
+            *_grouped_llama_layer(0),
+            *_grouped_llama_layer(1),
+            ("lm_head", 61),
+        ],
+        # Value channels move with their 2 repeats; no query/key channel may move, because of the rotary embedding.
+        [(1, 32, 5), *[(2, 8, 3), (1, 48, 1)] * 2, *[(2, 2, 17), (1, 2, 50)] * 2],
+        pinned=["model.layers.0.self_attn.q_proj[query]", "model.layers.0.self_attn.k_proj[key]"],
+    ),
+    Architecture(
+        "llama",
+        lambda: _llama(tie_word_embeddings=True),
+        [
+            ("model.embed_tokens.weight[row]", 61),
+            ("model.embed_tokens", 32),
+            *_llama_layer(0),
+            *_llama_layer(1),
+        ],
+        [(1, 32, 5), *[(4, 8, 1), (1, 48, 1)] * 2, *[(1, 4, 17)] * 2],
+        pinned=["model.layers.0.self_attn.q_proj + model.layers.0.self_attn.k_proj[query+key]"],
+    ),
+    Architecture(
+        "bert",
+        _bert,
+        [
+            ("bert.embeddings.word_embeddings.weight[row]", 61),
+            ("bert.embeddings.word_embeddings + bert.embeddings.token_type_embeddings", 32),
+            ("bert.embeddings.token_type_embeddings.weight[row]", 2),
+            ("bert.embeddings.position_embeddings.weight[row]", 32),
+            *_bert_layer(0),
+            *_bert_layer(1),
+            ("cls.predictions.transform.dense", 32),
+        ],
+        # The head's tied matrix ties its input to the columns of the embedding: one more place for the stream.
+        [(1, 32, 6), *[(4, 8, 1), (4, 8, 1), (1, 48, 1)] * 2, *[(1, 4, 17)] * 2],
+    ),
+    Architecture(
+        "vit",
+        _vit,
+        [
+            ("vit.embeddings.patch_embeddings.projection[in]", 48),
+            ("vit.embeddings.patch_embeddings.projection + vit.embeddings.cls_token", 24),
+            ("vit.embeddings.position_embeddings[row]", 17),
+            *_vit_layer(0),
+            *_vit_layer(1),
+            ("classifier", 2),
+        ],
+        [(1, 24, 5), *[(3, 8, 1), (3, 8, 1), (1, 40, 1)] * 2, *[(1, 3, 17)] * 2],
+    ),
+    Architecture(
+        "perceptron",
+        Perceptron,
+        [("input", 7), ("first", 16), ("second", 12), ("last", 3)],
+        [(1, 16, 1), (1, 12, 1)],
+        inputs=torch.linspace(-1, 1, 14).view(2, 7),
+    ),
+    Architecture(
+        "convolutional",
+        ConvolutionalNet,
+        [
+            ("input", 3),
+            ("stem", 8),
+            ("inner", 8),
+            ("wide[taps]", 8 * 25),
+            ("wide", 6),
+            ("classifier[in]", 24),
+            ("classifier", 5),
+        ],
+        # The residual sum ties the stem and the depthwise-filtered inner channels, which carry it, with their 25 taps.
+        [(1, 8, 27), (1, 6, 5)],
+        inputs=torch.linspace(-1, 1, 3 * 64).sin().view(1, 3, 8, 8),
+    ),
+    Architecture(
+        "own-attention",
+        FusedAttention,
+        [
+            ("embed.weight[row]", 30),
+            ("embed", 16),
+            ("position[row]", 8),
+            ("qkv[query+key]", 16),
+            ("qkv[value]", 16),
+            ("qkv[heads]", 4),
+            ("out", 16),
+            ("gate_up", 20),
+            ("down", 16),
+            ("head", 30),
+        ],
+        [(1, 16, 3), (4, 4, 1), (4, 4, 1), (1, 20, 1), (1, 4, 9)],
+        inputs=torch.arange(8).view(1, 8) * 3,
+    ),
+]
