@@ -1,0 +1,19 @@
+"""States and a neural graph -> a future state.  Knows graphs; knows nothing of models or trainers."""
+
+from .auto import load_nowcaster
+from .base import Nowcaster
+from .configuration import NowcasterConfig
+from .modeling import NiNoModel, WNNModel
+from .original import convert_original
+from .rules import LinearNowcaster, MomentumNowcaster
+
+__all__ = [
+    "LinearNowcaster",
+    "MomentumNowcaster",
+    "NiNoModel",
+    "Nowcaster",
+    "NowcasterConfig",
+    "WNNModel",
+    "convert_original",
+    "load_nowcaster",
+]
