@@ -2,63 +2,16 @@
 
 import pytest
 import torch
-import transformers
+from architectures import ARCHITECTURES
 from nowcaster_cases import blockwise_deltas, original_nowcaster, random_nowcaster, reference_deltas, trajectory
 
 from hf_nino.graph import NeuralGraph
 from hf_nino.nowcaster import LinearNowcaster
 
 
-def gpt2():
-    sizes = {"n_embd": 24, "n_layer": 2, "n_head": 4, "n_positions": 16, "bos_token_id": 0, "eos_token_id": 0}
-    return transformers.GPT2LMHeadModel(transformers.GPT2Config(vocab_size=61, **sizes))
-
-
-def llama():
-    sizes = {"hidden_size": 16, "intermediate_size": 28, "num_hidden_layers": 2, "max_position_embeddings": 32}
-    heads = {"num_attention_heads": 4, "num_key_value_heads": 2}
-    return transformers.LlamaForCausalLM(transformers.LlamaConfig(vocab_size=61, **sizes, **heads))
-
-
-def bert():
-    sizes = {"hidden_size": 16, "intermediate_size": 28, "num_hidden_layers": 2, "num_attention_heads": 2}
-    return transformers.BertForMaskedLM(transformers.BertConfig(vocab_size=61, max_position_embeddings=16, **sizes))
-
-
-def vit():
-    sizes = {"hidden_size": 16, "intermediate_size": 28, "num_hidden_layers": 2, "num_attention_heads": 2}
-    return transformers.ViTForImageClassification(transformers.ViTConfig(image_size=8, patch_size=4, **sizes))
-
-
-class ConvNet(torch.nn.Sequential):
-    def __init__(self):
-        super().__init__(
-            torch.nn.Conv2d(3, 6, 3), torch.nn.ReLU(), torch.nn.Conv2d(6, 5, 3), torch.nn.ReLU(),
-            torch.nn.AdaptiveAvgPool2d(1), torch.nn.Flatten(), torch.nn.Linear(5, 4),
-        )  # fmt: skip
-
-
-def mlp():
-    return torch.nn.Sequential(torch.nn.Linear(7, 9), torch.nn.ReLU(), torch.nn.Linear(9, 8), torch.nn.Linear(8, 3))
-
-
-ARCHITECTURES = {
-    "gpt2": (gpt2, None),
-    "llama": (llama, None),
-    "bert": (bert, None),
-    "vit": (vit, None),
-    "conv": (ConvNet, torch.zeros(2, 3, 8, 8)),
-    "mlp": (mlp, torch.zeros(2, 7)),
-}
-
-
-@pytest.fixture(scope="module", params=ARCHITECTURES)
+@pytest.fixture(scope="module", params=ARCHITECTURES, ids=lambda architecture: architecture.name)
 def graph(request):
-    make, inputs = ARCHITECTURES[request.param]
-    with torch.random.fork_rng():
-        torch.manual_seed(0)
-        model = make()
-    return NeuralGraph.from_model(model, inputs)
+    return NeuralGraph.from_model(request.param.model(), request.param.inputs)
 
 
 @pytest.mark.parametrize("make", [original_nowcaster, random_nowcaster])

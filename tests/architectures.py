@@ -46,8 +46,9 @@ class Architecture:
     def model(self) -> nn.Module:
         """The model with random weights of a size at which every part of it matters."""
         generator = torch.Generator().manual_seed(1)
-        torch.manual_seed(0)
-        model = self.build().eval()
+        with torch.random.fork_rng():
+            torch.manual_seed(0)
+            model = self.build().eval()
         with torch.no_grad():
             for parameter in model.parameters():
                 if parameter.dim() < 2:
