@@ -13,21 +13,8 @@ from collections.abc import Iterable, Sequence
 import numpy as np
 import torch
 
+from .positional import components
 from .structure import Symmetry
-
-
-def components(size: int, pairs: Iterable[tuple[np.ndarray, np.ndarray]]) -> np.ndarray:
-    """Connected components of an undirected graph given by pairs of nodes: label of each node, int [size]."""
-    from scipy.sparse import coo_matrix
-    from scipy.sparse.csgraph import connected_components
-
-    rows, columns = [np.empty(0, dtype=np.int64)], [np.empty(0, dtype=np.int64)]
-    for first, second in pairs:
-        rows.append(first)
-        columns.append(second)
-    row, column = np.concatenate(rows), np.concatenate(columns)
-    graph = coo_matrix((np.ones(len(row), dtype=np.int8), (row, column)), shape=(size, size))
-    return connected_components(graph, directed=False)[1]
 
 
 def propose(
@@ -53,7 +40,9 @@ def propose(
         for h, c in zip(head.tolist(), channel.tolist(), strict=True):
             heads_of[c].add(h)
             channels_of[h].append(c)
-    label = components(size, together)
+    pairs = [np.stack(pair) for pair in together]
+    edges = torch.from_numpy(np.concatenate(pairs, axis=1)) if pairs else torch.empty(2, 0, dtype=torch.int64)
+    label = np.unique(components(size, edges).numpy(), return_inverse=True)[1]
     order = np.lexsort((np.arange(size), group_of, label))
     members = np.split(order, np.flatnonzero(np.diff(label[order])) + 1)
     return [

@@ -53,10 +53,12 @@ def validate(graph: NeuralGraph) -> None:
 
 def _validate_nodes(graph: NeuralGraph, nodes: Nodes, where: str) -> None:
     if not 0 <= nodes.group < len(graph.groups):
-        raise ValueError(f"{where} refers to group {nodes.group}, but there are {len(graph.groups)}")
+        raise ValueError(f"{where}: group {nodes.group} is selected, but there are {len(graph.groups)} groups")
     group = graph.groups[nodes.group]
     if nodes.offset < 0 or nodes.last() >= group.size:
-        raise ValueError(f"{where} reaches neuron {nodes.last()} of group {group.name!r}, which has {group.size}")
+        raise ValueError(
+            f"{where}: neuron {nodes.last()} of group {group.name!r} is selected, but the group has {group.size}"
+        )
 
 
 def _validate_coverage(graph: NeuralGraph) -> None:
@@ -69,6 +71,10 @@ def _validate_coverage(graph: NeuralGraph) -> None:
         mine = blocks.get(name, [])
         if not mine:
             raise ValueError(f"parameter {name!r} of shape {tuple(shape)} lies on no edge of the graph")
+        if any(block.offset < 0 or min(block._strides) < 0 or _last_element(block) >= size for block in mine):
+            raise ValueError(f"a block of parameter {name!r} reaches beyond the parameter's {size} elements")
+        if len(mine) == 1 and _is_whole(mine[0], size):
+            continue
         count = torch.zeros(size, dtype=torch.int8)
         for block in mine:
             elements = count.as_strided(block._sizes, block._strides, block.offset)
@@ -78,3 +84,17 @@ def _validate_coverage(graph: NeuralGraph) -> None:
                 f"every element of parameter {name!r} must lie on exactly one edge, "
                 f"but {int((count == 0).sum())} lie on none and {int((count > 1).sum())} on several"
             )
+
+
+def _last_element(block: EdgeBlock) -> int:
+    return block.offset + sum((n - 1) * stride for n, stride in zip(block._sizes, block._strides, strict=True))
+
+
+def _is_whole(block: EdgeBlock, size: int) -> bool:
+    """Whether a block is all of a parameter of ``size`` elements, in any order of its axes."""
+    step = 1
+    for stride, n in sorted((stride, n) for stride, n in zip(block._strides, block._sizes, strict=True) if n > 1):
+        if stride != step:
+            return False
+        step *= n
+    return block.offset == 0 and step == size
