@@ -1,0 +1,53 @@
+"""Nowcasting during a run: the engine and its front ends.
+
+The front ends for ``transformers.Trainer`` are imported when first used; a plain training loop does not need them.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+from .event import NowcastEvent
+from .guard import InvalidNowcast, Verdict, judge
+from .history import History
+from .horizon import Horizon
+from .nowcasting import Nowcasting
+from .optimizer import NiNo
+from .parameters import ParameterStore, make_store
+
+if TYPE_CHECKING:
+    from .callback import NiNoCallback
+    from .trainer import NiNoArguments, NiNoTrainer, NiNoTrainerMixin, NiNoTrainingArguments
+
+_LAZY = {
+    "NiNoArguments": ".trainer",
+    "NiNoCallback": ".callback",
+    "NiNoTrainer": ".trainer",
+    "NiNoTrainerMixin": ".trainer",
+    "NiNoTrainingArguments": ".trainer",
+}
+
+__all__ = [
+    "History",
+    "Horizon",
+    "InvalidNowcast",
+    "NiNo",
+    "NiNoArguments",
+    "NiNoCallback",
+    "NiNoTrainer",
+    "NiNoTrainerMixin",
+    "NiNoTrainingArguments",
+    "NowcastEvent",
+    "Nowcasting",
+    "ParameterStore",
+    "Verdict",
+    "judge",
+    "make_store",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _LAZY:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(_LAZY[name], __name__), name)
