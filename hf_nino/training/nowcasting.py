@@ -6,11 +6,9 @@ Every front end (:class:`~hf_nino.training.optimizer.NiNo`, :class:`~hf_nino.tra
 
 from __future__ import annotations
 
-import itertools
-import math
 import os
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -18,22 +16,19 @@ from torch import Tensor, nn
 from transformers.utils import logging
 
 from ..nowcaster.base import Nowcaster
-from .checkpoint import UnreadableCheckpoint, read_checkpoint, write_checkpoint
 from .event import NowcastEvent
 from .guard import InvalidNowcast, Verdict, judge
 from .history import History
 from .horizon import Horizon
-from .learning_rate import foresee, learning_rates, optimizer_of, warmup_steps
-from .parameters import check_optimizer, make_store, signature_hash
+from .outlook import Outlook
+from .parameters import check_optimizer, make_store
 from .period import resolve_schedule
+from .resume import Resumable
 from .rng import preserved_rng
 
 logger = logging.get_logger(__name__)
 
 ON_INVALID = ("skip", "raise")
-
-# The warm-up of a schedule is looked for in this many steps.
-_FORESIGHT = 100_000
 
 
 def resolve_nowcaster(nowcaster: str | os.PathLike | Nowcaster) -> Nowcaster:
@@ -45,7 +40,7 @@ def resolve_nowcaster(nowcaster: str | os.PathLike | Nowcaster) -> Nowcaster:
     return load_nowcaster(nowcaster)
 
 
-class Nowcasting:
+class Nowcasting(Resumable):
     """Takes snapshots during a run, nowcasts when it has enough of them, and writes the nowcasts into the model.
 
     Call :meth:`step` after every optimizer step.  Nowcasts fall on steps that are multiples of ``period``; the
@@ -114,13 +109,13 @@ class Nowcasting:
             raise ValueError(f"`stop_step` must not be before `start_step` ({start_step}), got {stop_step}")
         self.nowcaster = resolve_nowcaster(nowcaster)
         self.spec = type(nowcaster).__name__ if isinstance(nowcaster, Nowcaster) else str(nowcaster)
-        self.max_steps = max_steps if max_steps is not None and max_steps > 0 else None
-        self.period, self.interval = resolve_schedule(self.nowcaster, period, interval, self.max_steps)
-        self.horizon = Horizon(horizon)
-        if self.horizon.policy == "paper" and self.max_steps is None:
+        max_steps = max_steps if max_steps is not None and max_steps > 0 else None
+        self.period, self.interval = resolve_schedule(self.nowcaster, period, interval, max_steps)
+        policy = Horizon(horizon)
+        if policy.policy == "paper" and max_steps is None:
             raise ValueError("`horizon='paper'` needs `max_steps`, the length of the run, got None")
         self.start_step, self.stop_step = start_step, stop_step
-        self.lr_scheduler = lr_scheduler
+        self.outlook = Outlook(policy, max_steps, lr_scheduler, self._say_once)
         self.on_invalid = on_invalid
         self.measure = measure
         self.store = make_store(model)
@@ -135,8 +130,6 @@ class Nowcasting:
         self.enabled = True
         self._begun = False
         self._settled = False
-        self._warmup_end: int | None = None
-        self._rates: list[tuple[float, ...]] = []
         self._loaded: dict[str, list[float] | None] | None = None
         self._said: set[str] = set()
         self._signature = self.store.signature()
@@ -171,7 +164,7 @@ class Nowcasting:
         self._begun = True
         self._check_optimizer(optimizer)
         late = self._check_loaded(global_step)
-        self._find_warmup(optimizer, scheduler_stepped)
+        self.outlook.find_warmup(self.step_count, optimizer, scheduler_stepped)
         if self.nowcaster.has_memory and not self._settled and self.step_count == 0 and self._first_step == 0:
             self._settle()
         return self.step(optimizer=optimizer, scheduler_stepped=scheduler_stepped) if late else None
@@ -194,8 +187,8 @@ class Nowcasting:
         """
         if not self._begun:
             self.begin(None, optimizer, scheduler_stepped=scheduler_stepped)
-        if self._warmup_end is None:  # the scheduler was given later
-            self._find_warmup(optimizer, scheduler_stepped)
+        if self.outlook.warmup_end is None:  # the scheduler was given later
+            self.outlook.find_warmup(self.step_count, optimizer, scheduler_stepped)
         self.step_count = self.step_count + 1 if global_step is None else global_step
         step = self.step_count
         if not self.enabled or step < self._first_step:
@@ -231,7 +224,16 @@ class Nowcasting:
 
     @property
     def _first_step(self) -> int:
-        return max(self.start_step, self._warmup_end or 0)
+        return max(self.start_step, self.outlook.warmup_end or 0)
+
+    @property
+    def lr_scheduler(self) -> Any:
+        """The run's learning-rate scheduler, which may be set once it exists."""
+        return self.outlook.lr_scheduler
+
+    @lr_scheduler.setter
+    def lr_scheduler(self, scheduler: Any) -> None:
+        self.outlook.lr_scheduler = scheduler
 
     # -- taking snapshots -------------------------------------------------------------------------------------------
 
@@ -245,12 +247,8 @@ class Nowcasting:
         started = time.perf_counter()
         self.history.append(self.store.snapshot(self.history.device, self.history.dtype), self.step_count)
         self.seconds += time.perf_counter() - started
-        self._rates.append(learning_rates(optimizer_of(self.lr_scheduler) if optimizer is None else optimizer))
+        self.outlook.record(optimizer)
         return True
-
-    def _forget(self) -> None:
-        self.history.clear()
-        self._rates.clear()
 
     def _check_signature(self) -> None:
         signature = self.store.signature()
@@ -276,7 +274,15 @@ class Nowcasting:
     def _nowcast(self, optimizer: Any, scheduler_stepped: bool) -> NowcastEvent:
         started = time.perf_counter()
         step = self.step_count
-        horizon = self._horizon(optimizer, scheduler_stepped)
+        horizon = self.outlook.choose(
+            step=step,
+            scheduled_step=step + self.skipped_steps,
+            period=self.period,
+            interval=self.interval,
+            max_horizon=self.nowcaster.max_horizon,
+            optimizer=optimizer,
+            scheduler_stepped=scheduler_stepped,
+        )
         if horizon < 1:
             seconds = time.perf_counter() - started
             return NowcastEvent(step, 0, 0, seconds, reason="the learning rate that is left allows no interval")
@@ -365,36 +371,6 @@ class Nowcasting:
                 f"No nowcasts in this run: {reason}. Pass `example_inputs`, or a nowcaster that needs no graph."
             )
 
-    # -- looking ahead ----------------------------------------------------------------------------------------------
-
-    def _horizon(self, optimizer: Any, scheduler_stepped: bool) -> int:
-        rates = [entry for entry in self._rates if len(entry) == len(self._rates[-1])]
-        settings = {
-            "step": self.step_count,
-            "period": self.period,
-            "interval": self.interval,
-            "max_horizon": self.nowcaster.max_horizon,
-            "max_steps": self.max_steps,
-            "past": tuple(math.fsum(group) / len(rates) for group in zip(*rates, strict=True)),
-        }
-        return self.horizon.now(**settings, future=self._future(optimizer, scheduler_stepped))
-
-    def _future(self, optimizer: Any, scheduler_stepped: bool) -> Iterator[tuple[float, ...]]:
-        """Learning rates of the steps that are left; as far as the largest horizon when the end is unknown."""
-        rates = foresee(self.lr_scheduler, optimizer, stepped=scheduler_stepped, say=self._say_once)
-        if self.max_steps is None:
-            return itertools.islice(rates, self.nowcaster.max_horizon * self.interval)
-        return itertools.islice(rates, max(self.max_steps - self.skipped_steps - self.step_count, 0))
-
-    def _find_warmup(self, optimizer: Any, scheduler_stepped: bool) -> None:
-        """The step at which the learning rate stops rising."""
-        if self._warmup_end is not None or self.lr_scheduler is None:
-            return
-        rates = foresee(self.lr_scheduler, optimizer, stepped=scheduler_stepped, say=self._say_once)
-        steps = _FORESIGHT if self.max_steps is None else min(self.max_steps, _FORESIGHT)
-        rising = warmup_steps(math.fsum(groups) / len(groups) for groups in itertools.islice(rates, steps))
-        self._warmup_end = self.step_count + rising if rising else 0
-
     def _check_optimizer(self, optimizer: Any) -> None:
         optimizer = getattr(optimizer, "optimizer", optimizer)  # inside accelerate's wrapper
         if optimizer is not None:
@@ -404,122 +380,3 @@ class Nowcasting:
         if message not in self._said:
             self._said.add(message)
             logger.warning(message)
-
-    # -- checkpoints ------------------------------------------------------------------------------------------------
-
-    def state_dict(self) -> dict[str, Any]:
-        """``{"state": what JSON can hold, "tensors": {name: tensor}}``; everything that an exact resume needs."""
-        memory = self.nowcaster.memory() if self.nowcaster.has_memory else {}
-        state = {
-            "step": self.step_count,
-            "skipped_steps": self.skipped_steps,
-            "nowcasts": self.nowcasts,
-            "rejected": self.rejected,
-            "seconds": self.seconds,
-            "nowcaster": self.spec,
-            "kind": type(self.nowcaster).__name__,
-            "context": self.history.context,
-            "period": self.period,
-            "interval": self.interval,
-            "snapshot_steps": self.history.steps,
-            "learning_rates": [list(rates) for rates in self._rates],
-            "warmup_end": self._warmup_end,
-            "settled": self._settled,
-            "signature": signature_hash(self.store.signature()),
-            "fingerprint": self.store.fingerprint(),
-        }
-        tensors = self.history.to_safetensors() | {f"memory/{name}": tensor for name, tensor in memory.items()}
-        return {"state": state, "tensors": tensors}
-
-    def load_state_dict(self, state_dict: dict[str, Any]) -> bool:
-        """Restore what :meth:`state_dict` gave, before the first step.
-
-        Counters are always taken over.  The history (and the nowcaster's memory) only if they fit: the same trainable
-        parameters, context, period, interval and nowcaster; else a warning says what differs and nowcasting warms up.
-
-        Returns:
-            Whether history and memory were taken over.
-        """
-        state, tensors = state_dict["state"], state_dict["tensors"]
-        self.step_count, self.skipped_steps = int(state["step"]), int(state["skipped_steps"])
-        self.nowcasts, self.rejected = int(state["nowcasts"]), int(state["rejected"])
-        self.seconds = float(state["seconds"])
-        self._warmup_end = state["warmup_end"]
-        self._loaded = {"fingerprint": None}
-        mine = {
-            "kind": type(self.nowcaster).__name__,
-            "context": self.history.context,
-            "period": self.period,
-            "interval": self.interval,
-            "signature": signature_hash(self._signature),
-        }
-        differs = {key: (state[key], value) for key, value in mine.items() if state[key] != value}
-        if differs:
-            key, (saved, now) = next(iter(differs.items()))
-            key = "nowcaster" if key == "kind" else key
-            what = "the trainable parameters differ" if key == "signature" else f"{key} was {saved!r} and is {now!r}"
-            self._drop(f"does not fit this run: {what}")
-            return False
-        history = {name: tensor for name, tensor in tensors.items() if not name.startswith("memory/")}
-        memory = {name.removeprefix("memory/"): t for name, t in tensors.items() if name.startswith("memory/")}
-        try:
-            self.history.load(history, list(state["snapshot_steps"]), self._signature, self.store.live())
-            self._rates = [tuple(rates) for rates in state["learning_rates"]]
-            if self.nowcaster.has_memory and state["settled"]:
-                self.nowcaster.load_memory(memory)
-                self._settled = True
-        except Exception as error:
-            self._drop(f"cannot be restored ({type(error).__name__}: {error})")
-            return False
-        self._loaded = {"fingerprint": state["fingerprint"]}
-        return True
-
-    def save(self, directory: str | os.PathLike) -> None:
-        """Write ``nino_history.safetensors`` and ``nino_state.json`` into ``directory``; on rank 0 only under DDP."""
-        state_dict = self.state_dict()
-        write_checkpoint(directory, state_dict["state"], state_dict["tensors"])
-
-    def load(self, directory: str | os.PathLike) -> bool:
-        """Restore what :meth:`save` wrote.
-
-        Returns:
-            Whether it was there and fits; if not, one warning says why, and nowcasting warms up: it waits for a whole
-            new window of snapshots.
-        """
-        try:
-            state, tensors = read_checkpoint(directory)
-            return self.load_state_dict({"state": state, "tensors": tensors})
-        except UnreadableCheckpoint as error:
-            self._drop(f"is missing: {error}")
-        except (KeyError, TypeError, ValueError) as error:
-            self._drop(f"in {directory} is malformed ({type(error).__name__}: {error})")
-        return False
-
-    def _drop(self, why: str) -> None:
-        logger.warning(f"The nowcasting state of the checkpoint {why}. Nowcasting warms up with a new history.")
-        self._forget()
-        self._settled = False
-        if self.nowcaster.has_memory:
-            self.nowcaster.load_memory({})
-
-    def _check_loaded(self, global_step: int | None) -> bool:
-        """Compare what was loaded with the model and the caller's count; whether a step's work is still to be done."""
-        loaded, self._loaded = self._loaded, None
-        if loaded is None:
-            self.step_count = self.step_count if global_step is None else global_step
-            return False
-        behind = 0 if global_step is None else global_step - self.skipped_steps - self.step_count
-        saved, now = loaded["fingerprint"], self.store.fingerprint()
-        # Relative to the sum of magnitudes: another device may sum in another order.
-        if saved is not None and not all(abs(a - b) <= 1e-10 * now[1] for a, b in zip(saved, now, strict=True)):
-            reason = "was saved with other values of the parameters than the model has now"
-        elif behind not in (0, 1):
-            reason = f"is of step {self.step_count + self.skipped_steps}, but the run is at step {global_step}"
-        else:
-            return behind == 1
-        self._drop(reason)
-        self.nowcasts = self.rejected = self.skipped_steps = 0
-        self.seconds = 0.0
-        self._warmup_end = None
-        self.step_count = self.step_count if global_step is None else global_step
-        return False

@@ -124,7 +124,7 @@ def test_plain_training_arguments_will_do(tmp_path, caplog):
     trainer.train()
     assert trainer.nowcasting.spec == "linear" and isinstance(trainer.nowcasting.nowcaster, Nowcaster)
     assert trainer.nowcasting.period == 10 and trainer.nowcasting.nowcasts >= 2
-    assert trainer.nowcasting.horizon.policy == "lr-budget"
+    assert trainer.nowcasting.outlook.horizon.policy == "lr-budget"
     assert sum("nowcast every 10 steps" in record.message for record in caplog.records) == 1
 
 
