@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 from transformers.utils import logging
 
+from .experts import merge_slices
 from .inputs import split_inputs
 from .provenance import ParameterUse, Role
 from .selections import Segment, segments
@@ -161,6 +162,7 @@ class Builder:
     def __init__(self, traced: Trace, trainable: set[str], tied: dict[str, str]) -> None:
         self.record, self.shapes, self.trainable, self.aliases = traced.record, traced.shapes, trainable, tied
         record = self.record
+        merge_slices(record, self.shapes)
         root = record.find(torch.arange(record.count)).numpy()
         used = np.zeros(record.count, dtype=bool)
         for use in record.uses:
@@ -176,7 +178,9 @@ class Builder:
     def _distinct_constants(self, root: np.ndarray) -> list[tuple[EdgeType, np.ndarray, np.ndarray]]:
         seen, found = set(), []
         for edge_type, source, target in self.record.constants:
-            pair = root[source.numpy()], root[target.numpy()]
+            # Neurons that were united later may pair up twice.
+            pairs = np.stack([root[source.numpy()], root[target.numpy()]])
+            pair = pairs[:, np.sort(np.unique(pairs, axis=1, return_index=True)[1])]
             key = (edge_type, pair[0].tobytes(), pair[1].tobytes())
             if key not in seen:
                 seen.add(key)
@@ -187,7 +191,11 @@ class Builder:
         """Neurons of one origin form a group: made by the same axes of the same parameters, for the same roles."""
         record = self.record
         starts = np.array([allocation.start for allocation in record.allocations])
+        families: dict[str, int] = {}
+        first = [families.setdefault(a.family, i) if a.family else i for i, a in enumerate(record.allocations)]
         allocation = np.searchsorted(starts, np.arange(record.count), side="right") - 1
+        rank_of = np.array([a.rank for a in record.allocations])[allocation]
+        allocation = np.array(first)[allocation]
         origin = allocation * len(Role) + record.roles(torch.arange(record.count))
         roots = self.root[self.members]
         order = np.argsort(roots, kind="stable")
@@ -212,7 +220,7 @@ class Builder:
         self.group_of = np.full(record.count, -1)
         self.group_of[self.nodes] = group
         self.position = np.full(record.count, -1)
-        by_group = np.argsort(group, kind="stable")
+        by_group = np.lexsort((np.arange(len(group)), rank_of[self.nodes], group))
         starts_of = np.r_[0, np.cumsum(self.group_sizes)[:-1]]
         self.position[self.nodes[by_group]] = np.arange(len(group)) - np.repeat(starts_of, self.group_sizes)
         self.offsets = starts_of
@@ -246,9 +254,9 @@ class Builder:
         nodes = self.root[ids]
         return self.offsets[self.group_of[nodes]] + self.position[nodes]
 
-    def _segments(self, ids: Tensor, elements: Tensor, label: np.ndarray) -> list[Segment]:
+    def _segments(self, ids: Tensor, elements: Tensor, label: np.ndarray, part: int) -> list[Segment]:
         group, position = self._places(ids)
-        return segments(group, position, elements.numpy(), label)
+        return segments(group, position, elements.numpy(), label, part=part)
 
     def _blocks_of(self, use: ParameterUse) -> list[EdgeBlock]:
         linear = use.edge_type == EdgeType.LINEAR
@@ -260,9 +268,9 @@ class Builder:
             step = int(features[1] - features[0])
             feature_sizes, feature_strides = (len(features),), (step,)
         blocks = []
-        for number, target in enumerate(self._segments(use.target, use.target_elements, label)):
+        for number, target in enumerate(self._segments(use.target, use.target_elements, label, use.target_part)):
             edge_type = ROLE_TYPES.get(Role(int(label[target.start])), use.edge_type) if linear else use.edge_type
-            for source in self._segments(use.source, use.source_elements, no_label):
+            for source in self._segments(use.source, use.source_elements, no_label, use.source_part):
                 source = self._own_parameter_node(source, number)
                 first, second = (target, source) if edge_type == EdgeType.KEY else (source, target)
                 blocks.append(

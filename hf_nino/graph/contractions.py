@@ -7,13 +7,14 @@ channels (paper, section 3 and appendix; design.md section 4).
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 
 import torch
 from torch import Tensor
 
+from .experts import route
 from .meetings import (
     add_use,
-    allocation_of,
     axis_elements,
     distinct,
     forget,
@@ -75,8 +76,10 @@ def linear_map(
     """A parameter's matrix applied to an activation: edges from the neurons that it reads to fresh ones."""
     record, shadow = trace.record, view.shadow
     in_dim, out_dim = in_dim % shadow.dim(), out_dim % shadow.dim() if shadow.dim() > 1 else -1
-    batch = [dim for dim in view.elements_dims if dim not in (in_dim, out_dim)]
-    if batch:
+    if batch := [dim for dim in view.elements_dims if dim not in (in_dim, out_dim)]:
+        if batch == [0] and activation.dim() == result.dim() == shadow.dim() == 3:
+            batch_of_maps(trace, activation, read_dim, view, in_dim, out_dim, result, result_dim)
+            return
         record.notes.append(f"{view.parameter}: a batch of matrices in one product has no rule")
         if (ids := trace.ids(activation)) is not None:
             record.pin(ids, "read by a batch of matrices")
@@ -101,12 +104,38 @@ def linear_map(
     ).flatten()  # fmt: skip
     source = distinct(trace, source, f"{module_name(view.parameter)}[in]")
     outputs = view.dim_elements(out_dim) if out_dim >= 0 else torch.zeros(1, dtype=torch.int64)
-    target = record.new_neurons(module_name(view.parameter), len(outputs))
+    family = None if view.slice is None else view.parameter
+    target = record.new_neurons(module_name(view.parameter), len(outputs), family=family, rank=view.slice or 0)
     target = add_use(trace, view, EdgeType.LINEAR, source, view.dim_elements(in_dim), target, outputs)
+    route(trace, view, source, target)
     if out_dim >= 0:
         shape = [1] * result.dim()
         shape[result_dim] = len(outputs)
         trace.set_ids(result, target.view(shape).expand(result.shape))
+
+
+def batch_of_maps(
+    trace: Trace,
+    activation: Tensor,
+    read_dim: int,
+    view: ParameterView,
+    in_dim: int,
+    out_dim: int,
+    result: Tensor,
+    result_dim: int,
+) -> None:
+    """One matrix for each index of the first dimension (experts, block-diagonal maps): each is a map of its own."""
+    ids = trace.full_ids(activation)
+    outputs = []
+    for index in range(view.shadow.shape[0]):
+        part, out = activation[index], torch.empty(result.shape[1:], device="meta")
+        if ids is not None:
+            trace.set_ids(part, ids[index])
+        piece = replace(view, shadow=view.shadow[index], slice=index)
+        linear_map(trace, part, read_dim, piece, in_dim - 1, out_dim - 1, out, result_dim - 1)
+        found = trace.full_ids(out)
+        outputs.append(torch.full(out.shape, NONE) if found is None else found)
+    trace.set_ids(result, torch.stack(outputs))
 
 
 def _activations(trace: Trace, left: Tensor | None, right: Tensor | None, result: Tensor) -> None:
@@ -131,10 +160,10 @@ def _activations(trace: Trace, left: Tensor | None, right: Tensor | None, result
     if len(known) == 2:
         trace.set_ids(result, weighted_sum(trace, left, right, result))
     else:
-        trace.set_ids(result, known[0].expand(result.shape) if known and _fits(known[0], result) else None)
+        trace.set_ids(result, known[0].expand(result.shape) if known and fits(known[0], result) else None)
 
 
-def _fits(ids: Tensor, result: Tensor) -> bool:
+def fits(ids: Tensor, result: Tensor) -> bool:
     return all(size in (1, full) for size, full in zip(ids.shape, result.shape, strict=True))
 
 
@@ -173,7 +202,7 @@ def scores(trace: Trace, query: Tensor, key: Tensor, result: Tensor) -> None:
     rows = q.expand([*result.shape[:-2], *q.shape[-2:]]).reshape(-1, q.shape[-2] * q.shape[-1])
     heads, inverse = torch.unique(rows, dim=0, return_inverse=True)
     order = _first_occurrence(inverse, len(heads))
-    name = record.allocations[allocation_of(trace, int(rows[0].max()))].name
+    name = record.allocation(int(rows[0].max())).name
     head_ids = record.new_neurons(f"{name}[heads]", len(heads), kind="head")
     head_of_row = head_ids[order[inverse]]
     head, channel = unique_pairs(head_of_row[:, None].expand_as(rows), rows)
@@ -209,14 +238,12 @@ def weighted_sum(trace: Trace, weights: Tensor, values: Tensor, result: Tensor) 
     heads, channels = torch.broadcast_tensors(weights, values)
     head, channel = unique_pairs(heads, channels)
     if not len(head):
-        return values.expand(result.shape) if _fits(values, result) else None
+        return values.expand(result.shape) if fits(values, result) else None
     record.set_role(channel, Role.VALUE)
     if is_function(channel):
         _star(trace, head, channel)
         return channels.expand(result.shape)
-    copies = record.new_neurons(
-        f"{record.allocations[allocation_of(trace, int(channel[0]))].name}[repeated]", len(head)
-    )
+    copies = record.new_neurons(f"{record.allocation(int(channel[0])).name}[repeated]", len(head))
     record.repeat(channel, copies)
     _star(trace, head, copies)
     code = torch.where((heads < 0) | (channels < 0), NONE, heads * record.count + channels)

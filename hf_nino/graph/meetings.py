@@ -79,7 +79,7 @@ def join(trace: Trace, first: Tensor, second: Tensor) -> Tensor:
 def one_allocation(trace: Trace, first: Tensor, second: Tensor) -> bool:
     """Whether one parameter made all of these neurons."""
     low, high = int(min(first.min(), second.min())), int(max(first.max(), second.max()))
-    return allocation_of(trace, low) == allocation_of(trace, high)
+    return trace.record.allocation(low) is trace.record.allocation(high)
 
 
 def replace_ids(ids: Tensor, old: Tensor, new: Tensor) -> Tensor:
@@ -191,7 +191,9 @@ def add_use(
     record = trace.record
     offset = view.shadow.storage_offset()
     features = torch.zeros(1, dtype=torch.int64) if feature_elements is None else feature_elements
-    use = ParameterUse(view.parameter, edge_type, source, target, source_elements + offset, target_elements, features)
+    use = ParameterUse(
+        view.parameter, edge_type, source, target, source_elements + offset, target_elements, features, view.slice
+    )
     record.mark_read(source)
     for earlier in record.uses:
         if earlier.parameter != view.parameter:
@@ -275,8 +277,3 @@ def distinct(trace: Trace, ids: Tensor, name: str) -> Tensor:
     copies = record.new_neurons(name, ids.numel())
     record.repeat(ids, copies)
     return copies
-
-
-def allocation_of(trace: Trace, neuron: int) -> int:
-    starts = [a.start for a in trace.record.allocations]
-    return int(torch.searchsorted(torch.tensor(starts), neuron, right=True)) - 1

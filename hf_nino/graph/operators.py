@@ -7,11 +7,13 @@ of the call's results.  Contractions, which is where most edges come from, are i
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 
 import torch
 from torch import Tensor
 
 from . import contractions
+from .experts import unite_slices
 from .meetings import add_rows, forget, input_neurons, join, one_allocation, pointwise_parameter, promote
 from .provenance import NONE, compact, varying
 from .structure import EdgeType
@@ -87,8 +89,9 @@ def move(trace: Trace, call: Call) -> None:
         if moved is None:
             forget(trace, call, "elements of a parameter were copied out of order")
             return
-        for result, shadow in zip(call.results, moved, strict=True):
-            trace.set_view(result, view.with_shadow(shadow))
+        slices = _first_axis_slices(trace, call, view, len(moved))
+        for result, shadow, index in zip(call.results, moved, slices, strict=True):
+            trace.set_view(result, replace(view, shadow=shadow, slice=index))
     elif (ids := trace.full_ids(first)) is not None:
         moved = call.function(**on_cpu(arguments | {key: ids.contiguous()}))
         moved = [moved] if isinstance(moved, Tensor) else list(moved)
@@ -97,6 +100,17 @@ def move(trace: Trace, call: Call) -> None:
     if trace.is_input(first):
         for result in call.results:
             trace.mark_input(result)
+
+
+def _first_axis_slices(trace: Trace, call: Call, view: ParameterView, count: int) -> list[int | None]:
+    """The expert that each result belongs to, when a whole parameter is taken apart along its first axis."""
+    whole = tuple(view.shadow.shape) == trace.shapes[view.parameter] and view.shadow.dim() > 1
+    if whole and call.arguments.get("dim", 0) == 0:
+        if call.name == "aten::select":
+            return [int(call.arguments["index"]) % view.shadow.shape[0]]
+        if call.name == "aten::unbind":
+            return list(range(count))
+    return [view.slice] * count
 
 
 def _move_shadow(call: Call, arguments: dict, view: ParameterView) -> list[Tensor] | None:
@@ -220,8 +234,14 @@ def reduce(trace: Trace, call: Call) -> None:
     dims = [dim % max(1, ids.dim()) for dim in dims]
     keepdim = bool(call.arguments.get("keepdim", False)) or call.name == "aten::topk"
     small = compact(ids)
+    gone = sorted(set(dims) & set(varying(small)))
+    if call.name == "aten::topk" and gone == list(varying(small)):
+        trace.record.last_router = small.flatten()
+    summed = unite_slices(trace, small, gone) if call.name in ("aten::sum", "aten::mean") and gone else None
+    if summed is not None:
+        small = summed
     for result in call.results:
-        if set(dims) & set(varying(small)):
+        if gone and summed is None:
             trace.set_ids(result, None)
             continue
         left = small if keepdim else small.squeeze(tuple(dims))
@@ -304,6 +324,20 @@ def index(trace: Trace, call: Call) -> None:
         trace.set_ids(call.results[0], torch.ops.aten.index.Tensor(ids.contiguous(), indices))
     elif trace.is_input(table):
         trace.mark_input(call.results[0])
+
+
+@register("index_add", "index_add_", "scatter_add", "scatter_add_", "index_put", "index_put_", "scatter_reduce")
+def gather_sums(trace: Trace, call: Call) -> None:
+    """Rows added into rows (what experts say, back at their tokens): neurons meet as in a sum."""
+    destination, result = call.tensors[0], call.results[0]
+    source = next((call.arguments[name] for name in ("source", "src", "values") if name in call.arguments), None)
+    if trace.view(source) is not None:
+        promote(trace, source, EdgeType.OTHER)
+    ids = [compact(x) for x in (trace.ids(destination), trace.ids(source)) if x is not None]
+    if any(x.dim() != result.dim() or not contractions.fits(x, result) for x in ids):
+        forget(trace, call, f"operator {call.name} along neurons")
+        return
+    trace.set_ids(result, None if not ids else (ids[0] if len(ids) == 1 else join(trace, *ids)).expand(result.shape))
 
 
 @register("copy_")

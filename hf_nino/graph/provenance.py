@@ -7,6 +7,7 @@ channels, the two factors of a gate) and are then united; everything stored earl
 
 from __future__ import annotations
 
+import bisect
 from dataclasses import dataclass, field
 from enum import IntEnum
 
@@ -31,12 +32,17 @@ class Role(IntEnum):
 
 @dataclass(frozen=True)
 class Allocation:
-    """Ids ``start .. start + size - 1``, handed out together because one axis of one parameter made them."""
+    """Ids ``start .. start + size - 1``, handed out together because one axis of one parameter made them.
+
+    Allocations of one ``family`` (the units of all experts) are one group of neurons, in the order of their ``rank``.
+    """
 
     name: str
     kind: str
     start: int
     size: int
+    family: str | None = None
+    rank: int = 0
 
 
 @dataclass(frozen=True)
@@ -54,6 +60,11 @@ class ParameterUse:
     source_elements: Tensor
     target_elements: Tensor
     feature_elements: Tensor
+    slice: int | None = None
+    """Which matrix of a batch of them this is: the expert."""
+    source_part: int = 0
+    target_part: int = 0
+    """Where uses of several experts were joined: neurons of each on that side."""
 
     def elements(self) -> Tensor:
         """Flat indices, int64 [J, I, F]."""
@@ -77,6 +88,9 @@ class Record:
     stars: list[tuple[Tensor, Tensor]] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
     pin_reasons: list[str] = field(default_factory=list)
+    routers: dict[str, Tensor] = field(default_factory=dict)
+    """Parameter with one slice for each expert -> the neurons of the router that chooses among them."""
+    last_router: Tensor | None = None
     count: int = 0
 
     def __post_init__(self) -> None:
@@ -85,10 +99,18 @@ class Record:
         self._pin = np.empty(0, dtype=np.int32)
         self._role = np.empty(0, dtype=np.int8)
 
-    def new_neurons(self, name: str, size: int, kind: str = "neuron", pinned: str | None = None) -> Tensor:
+    def new_neurons(
+        self,
+        name: str,
+        size: int,
+        kind: str = "neuron",
+        pinned: str | None = None,
+        family: str | None = None,
+        rank: int = 0,
+    ) -> Tensor:
         """Hand out ``size`` fresh ids, int64 [size]."""
         start, self.count = self.count, self.count + size
-        self.allocations.append(Allocation(name, kind, start, size))
+        self.allocations.append(Allocation(name, kind, start, size, family, rank))
         self._parent = np.concatenate([self._parent, np.arange(start, self.count)])
         self._read = np.concatenate([self._read, np.zeros(size, dtype=bool)])
         self._pin = np.concatenate([self._pin, np.zeros(size, dtype=np.int32)])
@@ -97,6 +119,11 @@ class Record:
         if pinned is not None:
             self.pin(ids, pinned)
         return ids
+
+    def allocation(self, neuron: int) -> Allocation:
+        """Which allocation an id comes from."""
+        starts = [allocation.start for allocation in self.allocations]
+        return self.allocations[bisect.bisect_right(starts, neuron) - 1]
 
     def find(self, ids: Tensor) -> Tensor:
         """The representative of each id; ``NONE`` stays ``NONE``."""

@@ -6,6 +6,7 @@ into the fewest regular pieces: runs with constant steps, and rows of equal runs
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import dataclass
 
 import numpy as np
@@ -25,7 +26,12 @@ class Segment:
 
 
 def segments(
-    group: np.ndarray, position: np.ndarray, element: np.ndarray, label: np.ndarray, distinct: bool = True
+    group: np.ndarray,
+    position: np.ndarray,
+    element: np.ndarray,
+    label: np.ndarray,
+    distinct: bool = True,
+    part: int = 0,
 ) -> list[Segment]:
     """Cut an axis into regular pieces, ordered by where they begin.
 
@@ -34,22 +40,25 @@ def segments(
         element: offset of its elements in the flattened parameter, int64 [n].
         label: pieces never reach over a change of label (the role in attention), int64 [n].
         distinct: whether no neuron may occur twice in a piece.
+        part: runs never reach over a multiple of this length; 0 for no such bound.
     """
     waiting: dict[tuple[int, int, int, tuple[int, int]], list[int]] = {}
-    for start, length, steps in _runs(group, position, element, label):
+    for start, length, steps in _runs(group, position, element, label, part):
         waiting.setdefault((int(group[start]), int(label[start]), length, steps), []).append(start)
     pieces: list[Segment] = []
     for (number, _, length, steps), starts in waiting.items():
         least = (length - 1) * steps[0] + 1 if distinct else 0
-        remaining = starts
-        while remaining:
-            rows, moves = _equal_rows(remaining, position, element, least)
-            start, remaining = remaining[0], remaining[rows:]
+        places = {(int(position[start]), int(element[start])): start for start in starts}
+        while places:
+            rows, moves = _rows(places, least)
+            start = rows[0]
             sizes, node_strides, element_strides = (length,), (steps[0],), (steps[1],)
-            if rows > 1:
-                sizes, node_strides, element_strides = (rows, length), (moves[0], steps[0]), (moves[1], steps[1])
+            if len(rows) > 1:
+                sizes, node_strides, element_strides = (len(rows), length), (moves[0], steps[0]), (moves[1], steps[1])
             nodes = Nodes(number, sizes, node_strides, int(position[start]))
             pieces.append(Segment(nodes, element_strides, int(element[start]), start))
+            for row in rows:
+                del places[int(position[row]), int(element[row])]
     return sorted(pieces, key=lambda piece: piece.start)
 
 
@@ -57,11 +66,13 @@ Run = tuple[int, int, tuple[int, int]]
 """Start, length, and the steps of nodes and of elements."""
 
 
-def _runs(group: np.ndarray, position: np.ndarray, element: np.ndarray, label: np.ndarray) -> list[Run]:
+def _runs(group: np.ndarray, position: np.ndarray, element: np.ndarray, label: np.ndarray, part: int) -> list[Run]:
     """Maximal runs of constant steps that stay in one group and label and do not walk backwards."""
     total = len(group)
     node_step, element_step = np.diff(position), np.diff(element)
     cut = (np.diff(group) != 0) | (np.diff(label) != 0) | (node_step <= 0) | (element_step < 0)
+    if part:
+        cut |= np.arange(1, total) % part == 0
     runs: list[Run] = []
     start = 0
     while start < total:
@@ -77,16 +88,29 @@ def _runs(group: np.ndarray, position: np.ndarray, element: np.ndarray, label: n
     return runs
 
 
-def _equal_rows(
-    starts: list[int], position: np.ndarray, element: np.ndarray, least: int
-) -> tuple[int, tuple[int, int]]:
-    """How many of the first runs are rows of one two-factor selection, and the steps from row to row."""
-    rows, moves = 1, (0, 0)
-    while rows < len(starts):
-        here, previous = starts[rows], starts[rows - 1]
-        move = (int(position[here] - position[previous]), int(element[here] - element[previous]))
-        if move[0] < least or move[1] < 0 or (rows > 1 and move != moves):
-            break
-        moves = move
-        rows += 1
-    return rows, moves
+# How many of the following runs are tried as the second row of a selection.
+_LOOK_AHEAD = 4
+
+
+def _rows(places: dict[tuple[int, int], int], least: int) -> tuple[list[int], tuple[int, int]]:
+    """Starts of the longest row of equal runs that begins with the first one, and the steps from row to row.
+
+    Args:
+        places: (position in the group, element offset) of each run -> where it starts, in order.
+        least: smallest step in the group, so that no neuron is in two rows.
+    """
+    keys = list(itertools.islice(places, _LOOK_AHEAD + 1))
+    best, best_move = [places[keys[0]]], (0, 0)
+    for other in keys[1:]:
+        move = (other[0] - keys[0][0], other[1] - keys[0][1])
+        if move[0] < least or move[1] < 0:
+            continue
+        rows, at = [], keys[0]
+        while at in places:
+            rows.append(places[at])
+            at = (at[0] + move[0], at[1] + move[1])
+            if move == (0, 0):
+                break
+        if len(rows) > len(best):
+            best, best_move = rows, move
+    return best, best_move

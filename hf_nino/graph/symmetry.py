@@ -38,8 +38,9 @@ def propose(
     channels_of: dict[int, list[int]] = defaultdict(list)
     for head, channel in stars:
         for h, c in zip(head.tolist(), channel.tolist(), strict=True):
-            heads_of[c].add(h)
-            channels_of[h].append(c)
+            if h not in heads_of[c]:
+                heads_of[c].add(h)
+                channels_of[h].append(c)
     pairs = [np.stack(pair) for pair in together]
     edges = torch.from_numpy(np.concatenate(pairs, axis=1)) if pairs else torch.empty(2, 0, dtype=torch.int64)
     label = np.unique(components(size, edges).numpy(), return_inverse=True)[1]

@@ -35,6 +35,8 @@ class ParameterView:
     parameter: str
     shadow: Tensor
     """Meta tensor with the strides and offset of the view in the contiguous, flattened parameter."""
+    slice: int | None = None
+    """The index along the parameter's first axis, where one was selected: the expert."""
 
     @property
     def elements_dims(self) -> tuple[int, ...]:
@@ -47,7 +49,7 @@ class ParameterView:
         return torch.arange(self.shadow.shape[dim]) * self.shadow.stride(dim)
 
     def with_shadow(self, shadow: Tensor) -> ParameterView:
-        return ParameterView(self.parameter, shadow)
+        return ParameterView(self.parameter, shadow, self.slice)
 
 
 @dataclass
@@ -161,12 +163,15 @@ class Trace(TorchDispatchMode):
 def quiet_forward(model: nn.Module):
     """Evaluation mode, eager attention, plain mathematics and no gradients; everything is put back afterwards."""
     training = {module: module.training for module in model.modules()}
-    implementation = getattr(getattr(model, "config", None), "_attn_implementation", None)
     fast_path = torch.backends.mha.get_fastpath_enabled()
+    changed = []
     try:
         model.eval()
-        if implementation not in (None, "eager") and hasattr(model, "set_attn_implementation"):
-            model.set_attn_implementation("eager")
+        for kind in ("attn", "experts"):
+            before = getattr(getattr(model, "config", None), f"_{kind}_implementation", None)
+            if before not in (None, "eager") and hasattr(model, f"set_{kind}_implementation"):
+                changed.append((kind, before))
+                getattr(model, f"set_{kind}_implementation")("eager")
         torch.backends.mha.set_fastpath_enabled(False)
         with ExitStack() as stack:
             stack.enter_context(torch.no_grad())
@@ -175,8 +180,8 @@ def quiet_forward(model: nn.Module):
             yield
     finally:
         torch.backends.mha.set_fastpath_enabled(fast_path)
-        if implementation not in (None, "eager") and hasattr(model, "set_attn_implementation"):
-            model.set_attn_implementation(implementation)
+        for kind, before in changed:
+            getattr(model, f"set_{kind}_implementation")(before)
         for module, flag in training.items():
             module.training = flag
 
