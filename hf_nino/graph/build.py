@@ -254,9 +254,9 @@ class Builder:
         nodes = self.root[ids]
         return self.offsets[self.group_of[nodes]] + self.position[nodes]
 
-    def _segments(self, ids: Tensor, elements: Tensor, label: np.ndarray, part: int) -> list[Segment]:
+    def _segments(self, ids: Tensor, elements: Tensor, label: np.ndarray) -> list[Segment]:
         group, position = self._places(ids)
-        return segments(group, position, elements.numpy(), label, part=part)
+        return segments(group, position, elements.numpy(), label)
 
     def _blocks_of(self, use: ParameterUse) -> list[EdgeBlock]:
         linear = use.edge_type == EdgeType.LINEAR
@@ -268,9 +268,9 @@ class Builder:
             step = int(features[1] - features[0])
             feature_sizes, feature_strides = (len(features),), (step,)
         blocks = []
-        for number, target in enumerate(self._segments(use.target, use.target_elements, label, use.target_part)):
+        for number, target in enumerate(self._segments(use.target, use.target_elements, label)):
             edge_type = ROLE_TYPES.get(Role(int(label[target.start])), use.edge_type) if linear else use.edge_type
-            for source in self._segments(use.source, use.source_elements, no_label, use.source_part):
+            for source in self._segments(use.source, use.source_elements, no_label):
                 source = self._own_parameter_node(source, number)
                 first, second = (target, source) if edge_type == EdgeType.KEY else (source, target)
                 blocks.append(

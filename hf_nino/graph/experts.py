@@ -19,15 +19,21 @@ from .structure import EdgeType
 from .trace import ParameterView, Trace
 
 
+def remember_router(trace: Trace, view: ParameterView) -> None:
+    """Note that a slice of a parameter is used after a router of as many experts has chosen among them."""
+    router = trace.record.last_router
+    if view.slice is not None and router is not None and len(router) == trace.shapes[view.parameter][0]:
+        trace.record.routers.setdefault(view.parameter, router)
+
+
 def route(trace: Trace, view: ParameterView, source: Tensor, target: Tensor) -> None:
     """Join the fresh neurons of an expert to the router's neuron for it, if a router of that size has just chosen.
 
     What an expert's units say afterwards goes to neurons that all experts share, which belong to no expert.
     """
-    record, router = trace.record, trace.record.last_router
-    if view.slice is None or router is None or len(router) != trace.shapes[view.parameter][0]:
+    record, router = trace.record, trace.record.routers.get(view.parameter)
+    if view.slice is None or router is None:
         return
-    record.routers[view.parameter] = router
     units = torch.cat([record.find(fine) for coarse, fine in record.stars if coarse[0] in router] or [router[:0]])
     if not torch.isin(record.find(source), units).any():
         _hold(record, router[view.slice], target)
@@ -151,7 +157,6 @@ def _join(record: Record, name: str, uses: list[ParameterUse]) -> ParameterUse |
             source=torch.cat([use.source for use in uses]),
             source_elements=torch.cat([use.source_elements for use in uses]),
             slice=None,
-            source_part=len(first.source),
         )
     if nodes or _same(record, uses, "source"):
         targets = torch.cat([use.target for use in uses])
@@ -159,7 +164,5 @@ def _join(record: Record, name: str, uses: list[ParameterUse]) -> ParameterUse |
             return None
         base = first.source_elements[0]
         moved = [use.target_elements + (use.source_elements[0] - base) for use in uses]
-        return dataclasses.replace(
-            first, target=targets, target_elements=torch.cat(moved), slice=None, target_part=len(first.target)
-        )
+        return dataclasses.replace(first, target=targets, target_elements=torch.cat(moved), slice=None)
     return None

@@ -12,6 +12,7 @@ import math
 import torch
 from torch import Tensor
 
+from .experts import remember_router
 from .provenance import ParameterUse, compact, is_function, unique_pairs, varying
 from .structure import EdgeType
 from .trace import Call, ParameterView, Trace
@@ -195,6 +196,7 @@ def add_use(
         view.parameter, edge_type, source, target, source_elements + offset, target_elements, features, view.slice
     )
     record.mark_read(source)
+    remember_router(trace, view)
     for earlier in record.uses:
         if earlier.parameter != view.parameter:
             continue

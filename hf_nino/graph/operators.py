@@ -162,6 +162,7 @@ def _same_neurons(trace: Trace, first: Tensor, second: Tensor) -> bool:
     return first.equal(second) or not one_allocation(trace, first[first >= 0], second[second >= 0])
 
 
+@register("masked_fill", "masked_fill_", "where", "type_as", "clamp_", "clamp_min_", "addcmul_", "lerp", "nan_to_num_")
 def pointwise(trace: Trace, call: Call) -> None:
     """Elementwise operators: neurons that meet become one, parameters become edges, varying constants pin."""
     tensors = [tensor for tensor in call.tensors if tensor.numel()]

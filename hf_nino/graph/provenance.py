@@ -62,9 +62,6 @@ class ParameterUse:
     feature_elements: Tensor
     slice: int | None = None
     """Which matrix of a batch of them this is: the expert."""
-    source_part: int = 0
-    target_part: int = 0
-    """Where uses of several experts were joined: neurons of each on that side."""
 
     def elements(self) -> Tensor:
         """Flat indices, int64 [J, I, F]."""

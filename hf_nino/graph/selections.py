@@ -31,7 +31,6 @@ def segments(
     element: np.ndarray,
     label: np.ndarray,
     distinct: bool = True,
-    part: int = 0,
 ) -> list[Segment]:
     """Cut an axis into regular pieces, ordered by where they begin.
 
@@ -40,10 +39,16 @@ def segments(
         element: offset of its elements in the flattened parameter, int64 [n].
         label: pieces never reach over a change of label (the role in attention), int64 [n].
         distinct: whether no neuron may occur twice in a piece.
-        part: runs never reach over a multiple of this length; 0 for no such bound.
     """
+    order = np.arange(len(group))
+    if distinct:
+        # A neuron that two elements make (gate and up) is in two pieces: all first elements, then all second ones.
+        round_ = _occurrence(group, position)
+        order = np.argsort(round_, kind="stable")
+        label = label * (int(round_.max(initial=0)) + 1) + round_
+        group, position, element, label = group[order], position[order], element[order], label[order]
     waiting: dict[tuple[int, int, int, tuple[int, int]], list[int]] = {}
-    for start, length, steps in _runs(group, position, element, label, part):
+    for start, length, steps in _runs(group, position, element, label):
         waiting.setdefault((int(group[start]), int(label[start]), length, steps), []).append(start)
     pieces: list[Segment] = []
     for (number, _, length, steps), starts in waiting.items():
@@ -56,23 +61,32 @@ def segments(
             if len(rows) > 1:
                 sizes, node_strides, element_strides = (len(rows), length), (moves[0], steps[0]), (moves[1], steps[1])
             nodes = Nodes(number, sizes, node_strides, int(position[start]))
-            pieces.append(Segment(nodes, element_strides, int(element[start]), start))
+            pieces.append(Segment(nodes, element_strides, int(element[start]), int(order[start])))
             for row in rows:
                 del places[int(position[row]), int(element[row])]
     return sorted(pieces, key=lambda piece: piece.start)
+
+
+def _occurrence(group: np.ndarray, position: np.ndarray) -> np.ndarray:
+    """How many times each neuron was in the axis before, int64 [n]."""
+    order = np.lexsort((np.arange(len(group)), position, group))
+    same = (np.diff(group[order], prepend=-1) == 0) & (np.diff(position[order], prepend=-1) == 0)
+    index = np.arange(len(group))
+    first = np.maximum.accumulate(np.where(same, 0, index))
+    occurrence = np.empty_like(index)
+    occurrence[order] = index - first
+    return occurrence
 
 
 Run = tuple[int, int, tuple[int, int]]
 """Start, length, and the steps of nodes and of elements."""
 
 
-def _runs(group: np.ndarray, position: np.ndarray, element: np.ndarray, label: np.ndarray, part: int) -> list[Run]:
+def _runs(group: np.ndarray, position: np.ndarray, element: np.ndarray, label: np.ndarray) -> list[Run]:
     """Maximal runs of constant steps that stay in one group and label and do not walk backwards."""
     total = len(group)
     node_step, element_step = np.diff(position), np.diff(element)
     cut = (np.diff(group) != 0) | (np.diff(label) != 0) | (node_step <= 0) | (element_step < 0)
-    if part:
-        cut |= np.arange(1, total) % part == 0
     runs: list[Run] = []
     start = 0
     while start < total:
