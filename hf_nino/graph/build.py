@@ -319,6 +319,8 @@ class Builder:
         node = self._node
         together = [(node(a.numpy()), node(b.numpy())) for a, b in self._known(self.record.ties + self.record.repeats)]
         stars = [(node(a.numpy()), node(b.numpy())) for a, b in self._known(self.record.stars)]
+        shared = [(node(a.numpy()), node(b.numpy())) for a, b in self._known(self.record.shared)]
+        confined = [node(a.numpy()) for a, _ in self._known([(ids, ids) for ids in self.record.confined])]
         pinned = np.zeros(sum(group.size for group in self.groups), dtype=bool)
         pinned[node(self.nodes)] = self.record.pinned_flags(self.nodes)
         group_of = np.repeat(np.arange(len(self.groups)), [group.size for group in self.groups])
@@ -329,7 +331,7 @@ class Builder:
             groups=tuple(self.groups),
             blocks=tuple(blocks),
             constants=tuple(self._constant_edges()),
-            symmetries=tuple(propose(group_of, names, pinned, together, stars)),
+            symmetries=tuple(propose(group_of, names, pinned, together, stars, shared, confined)),
             shapes={name: shape for name, shape in self.shapes.items() if name in on_blocks},
             report=tuple(report),
             aliases=self.aliases,

@@ -1,7 +1,7 @@
 """Linear maps, attention and convolutions: where fresh neurons come from.
 
 A linear map's output is a fresh group; query and key share channels; each head has a node with constant edges to its
-channels (paper, section 3 and appendix; design.md section 4).
+channels (arXiv 2409.04434, section 3 and appendix).
 """
 
 from __future__ import annotations
@@ -134,6 +134,8 @@ def batch_of_maps(
         piece = replace(view, shadow=view.shadow[index], slice=index)
         linear_map(trace, part, read_dim, piece, in_dim - 1, out_dim - 1, out, result_dim - 1)
         found = trace.full_ids(out)
+        if found is not None and ids is not None and not ids[0].equal(ids[-1]):
+            trace.record.confined += [compact(ids[index]).flatten(), compact(found).flatten()]
         outputs.append(torch.full(out.shape, NONE) if found is None else found)
     trace.set_ids(result, torch.stack(outputs))
 

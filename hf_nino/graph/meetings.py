@@ -1,6 +1,6 @@
 """Parameters and activations meeting elementwise: the edges, places and shared neurons that this makes.
 
-The conventions are those of the paper (section 3 and appendix) and of design.md section 4: adding a fresh output to a
+The conventions are those of the paper (arXiv 2409.04434, section 3 and appendix): adding a fresh output to a
 stream that has been read makes a new place joined to the old one by a matching; norm gains and biases are edges from
 a node of their own; one edge is one parameter.
 """
@@ -123,8 +123,7 @@ def pointwise_parameter(trace: Trace, ids: Tensor, view: ParameterView, shape: t
         parents = target[:, None].expand_as(grid)[valid]
         record.connect(EdgeType.OTHER, parents, children)
         if grid.shape[0] > 1:
-            record.pin(target, "parameter shared by several neurons")
-            record.pin(children, "shares a parameter with other neurons")
+            record.shared.append((parents.clone(), children.clone()))
     source = _parameter_nodes(trace, view, len(row_elements), edge_type)
     first = add_use(trace, view, edge_type, source, row_elements, target, column_elements)
     if first is not target:

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from . import contractions
 from .experts import unite_slices
-from .meetings import add_rows, forget, input_neurons, join, one_allocation, pointwise_parameter, promote
+from .meetings import add_rows, forget, input_neurons, join, one_allocation, pointwise_parameter, promote, replace_ids
 from .provenance import NONE, compact, varying
 from .structure import EdgeType
 from .trace import Call, ParameterView, Trace, on_cpu
@@ -339,6 +339,28 @@ def gather_sums(trace: Trace, call: Call) -> None:
         forget(trace, call, f"operator {call.name} along neurons")
         return
     trace.set_ids(result, None if not ids else (ids[0] if len(ids) == 1 else join(trace, *ids)).expand(result.shape))
+
+
+@register("view_as_complex")
+def view_as_complex(trace: Trace, call: Call) -> None:
+    """Two neurons become one number (rotary embeddings); they stay pinned and remember each other."""
+    ids = trace.full_ids(call.tensors[0])
+    if ids is not None:
+        real, imaginary = ids.unbind(-1)
+        trace.record.pin(ids, "rotated as complex numbers")
+        trace.record.complex_pairs.append((real.flatten(), imaginary.flatten()))
+        trace.set_ids(call.results[0], real)
+
+
+@register("view_as_real")
+def view_as_real(trace: Trace, call: Call) -> None:
+    """The inverse of :func:`view_as_complex`."""
+    real = trace.full_ids(call.tensors[0])
+    if real is not None:
+        imaginary = real
+        for first, second in trace.record.complex_pairs:
+            imaginary = replace_ids(imaginary, trace.record.find(first), trace.record.find(second))
+        trace.set_ids(call.results[0], torch.stack([real, imaginary], dim=-1))
 
 
 @register("copy_")

@@ -83,11 +83,15 @@ class Record:
     repeats: list[tuple[Tensor, Tensor]] = field(default_factory=list)
     ties: list[tuple[Tensor, Tensor]] = field(default_factory=list)
     stars: list[tuple[Tensor, Tensor]] = field(default_factory=list)
+    shared: list[tuple[Tensor, Tensor]] = field(default_factory=list)
+    confined: list[Tensor] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
     pin_reasons: list[str] = field(default_factory=list)
     routers: dict[str, Tensor] = field(default_factory=dict)
     """Parameter with one slice for each expert -> the neurons of the router that chooses among them."""
     last_router: Tensor | None = None
+    complex_pairs: list[tuple[Tensor, Tensor]] = field(default_factory=list)
+    """Neurons that were read as real and imaginary part of one number."""
     count: int = 0
 
     def __post_init__(self) -> None:

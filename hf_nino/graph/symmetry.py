@@ -2,13 +2,14 @@
 
 Neurons that must move together (one residual channel at all depths, a value channel and its repeats) form a *class*.
 Classes of the same composition, within the same heads, are interchangeable; so are heads that share their key/value
-head, and whole key/value heads with all of their query heads.
+head, and whole key/value heads with all of their query heads.  An expert is a head whose channels are its units.
 """
 
 from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -16,13 +17,33 @@ import torch
 from .positional import components
 from .structure import Symmetry
 
+Pairs = tuple[np.ndarray, np.ndarray]
+"""Two lists of nodes, paired element by element."""
+
+
+@dataclass(frozen=True)
+class Heads:
+    """Heads and the channels that belong to each.
+
+    Args:
+        centres: nodes of each head: its own, and those of parameters with one element for each head.
+        channels: its channels.
+        of: the heads that a channel belongs to.
+    """
+
+    centres: list[list[int]]
+    channels: list[list[int]]
+    of: dict[int, set[int]]
+
 
 def propose(
     group_of: np.ndarray,
     group_names: Sequence[str],
     pinned: np.ndarray,
-    together: Iterable[tuple[np.ndarray, np.ndarray]],
-    stars: Sequence[tuple[np.ndarray, np.ndarray]],
+    together: Iterable[Pairs],
+    stars: Sequence[Pairs],
+    shared: Sequence[Pairs] = (),
+    confined: Sequence[np.ndarray] = (),
 ) -> list[Symmetry]:
     """Symmetries that the trace suggests.
 
@@ -30,41 +51,94 @@ def propose(
         group_of: group of each node, int [N].
         group_names: their names, for the symmetries' own.
         pinned: whether a node has an identity of its own, bool [N].
-        together: pairs of nodes that move together (unions across places, ties of shared parameters, repeats).
-        stars: pairs (head or other coarse node, fine node).
+        together: nodes that move together (unions across places, ties of shared parameters, repeats).
+        stars: (head, channel).
+        shared: (node of a parameter's element, neuron that uses it): a parameter shared by several neurons.  If those
+            are all of one head, the element belongs to the head; else all of them move together with it.
+        confined: sets of nodes that may only be permuted among themselves (the sides of a block-diagonal map).
     """
-    size = len(group_of)
-    heads_of: dict[int, set[int]] = defaultdict(set)
-    channels_of: dict[int, list[int]] = defaultdict(list)
-    for head, channel in stars:
-        for h, c in zip(head.tolist(), channel.tolist(), strict=True):
-            if h not in heads_of[c]:
-                heads_of[c].add(h)
-                channels_of[h].append(c)
-    pairs = [np.stack(pair) for pair in together]
-    edges = torch.from_numpy(np.concatenate(pairs, axis=1)) if pairs else torch.empty(2, 0, dtype=torch.int64)
-    label = np.unique(components(size, edges).numpy(), return_inverse=True)[1]
-    order = np.lexsort((np.arange(size), group_of, label))
-    members = np.split(order, np.flatnonzero(np.diff(label[order])) + 1)
+    per_head, per_channel = _sort_shared(shared, stars)
+    heads = _heads_from([*stars, *per_head])
+    together = list(together)
+    blocks: dict[int, set[int]] = defaultdict(set)
+    for number, nodes in enumerate(confined):
+        for node in nodes.tolist():
+            blocks[node].add(number)
+    # A head moves without the parameters that it shares with all others.
+    classes, head_classes = _classes([*together, *per_channel], group_of), _classes(together, group_of)
     return [
-        *_channels(members, group_of, group_names, pinned, heads_of, set(channels_of)),
-        *_heads(members, label, group_of, group_names, pinned, heads_of, channels_of),
+        *_channel_symmetries(classes, group_of, group_names, pinned, heads, blocks),
+        *_head_symmetries(head_classes, group_of, group_names, pinned, heads),
     ]
 
 
-def _channels(members, group_of, group_names, pinned, heads_of, heads) -> list[Symmetry]:
+def _classes(pairs: Sequence[Pairs], group_of: np.ndarray) -> list[np.ndarray]:
+    """Nodes that move together, each class sorted by group and node."""
+    size = len(group_of)
+    stacked = [np.stack(pair) for pair in pairs]
+    edges = torch.from_numpy(np.concatenate(stacked, axis=1)) if stacked else torch.empty(2, 0, dtype=torch.int64)
+    label = components(size, edges).numpy()
+    order = np.lexsort((np.arange(size), group_of, label))
+    return np.split(order, np.flatnonzero(np.diff(label[order])) + 1)
+
+
+def _sort_shared(shared: Sequence[Pairs], stars: Sequence[Pairs]) -> tuple[list[Pairs], list[Pairs]]:
+    """Shared parameters with one element for each head, and all others."""
+    heads_of: dict[int, set[int]] = defaultdict(set)
+    for head, channel in stars:
+        for h, c in zip(head.tolist(), channel.tolist(), strict=True):
+            heads_of[c].add(h)
+    per_head, per_channel = [], []
+    for element, neuron in shared:
+        heads: dict[int, set[frozenset[int]]] = defaultdict(set)
+        for e, n in zip(element.tolist(), neuron.tolist(), strict=True):
+            heads[e].add(frozenset(heads_of.get(n, ())))
+        one_head = all(len(sets) == 1 and frozenset() not in sets for sets in heads.values())
+        if one_head and len(set.union(*heads.values())) == len(heads) > 1:
+            per_head.append((element, neuron))
+        else:
+            per_channel.append((element, neuron))
+    return per_head, per_channel
+
+
+def _heads_from(stars: Iterable[Pairs]) -> Heads:
+    """Centres that have a channel in common are one head."""
+    centres_of: dict[int, list[int]] = defaultdict(list)
+    for centre, channel in stars:
+        for a, c in zip(centre.tolist(), channel.tolist(), strict=True):
+            if a not in centres_of[c]:
+                centres_of[c].append(a)
+    centres = sorted({a for found in centres_of.values() for a in found})
+    number = {a: i for i, a in enumerate(centres)}
+    pairs = {(number[found[0]], number[a]) for found in centres_of.values() for a in found[1:]}
+    edges = torch.tensor(sorted(pairs), dtype=torch.int64).reshape(-1, 2).T
+    label = np.unique(components(len(centres), edges).numpy(), return_inverse=True)[1].tolist()
+    heads = Heads([[] for _ in set(label)], [[] for _ in set(label)], {})
+    for a, head in zip(centres, label, strict=True):
+        heads.centres[head].append(a)
+    for channel, found in centres_of.items():
+        head = label[number[found[0]]]
+        heads.channels[head].append(channel)
+        heads.of[channel] = {head}
+    return heads
+
+
+def _channel_symmetries(classes, group_of, group_names, pinned, heads: Heads, blocks) -> list[Symmetry]:
     """Classes that may be permuted among themselves, block by block (a block is a head, or a key/value head)."""
-    families: dict[tuple, dict[frozenset, list[np.ndarray]]] = defaultdict(lambda: defaultdict(list))
-    for nodes in members:
-        if pinned[nodes].any() or not heads.isdisjoint(nodes.tolist()):
+    centres = {centre for nodes in heads.centres for centre in nodes}
+    families: dict[tuple, dict[tuple, list[np.ndarray]]] = defaultdict(lambda: defaultdict(list))
+    for nodes in classes:
+        listed = nodes.tolist()
+        if pinned[nodes].any() or not centres.isdisjoint(listed):
             continue
         signature = tuple(group_of[nodes].tolist())
-        block = frozenset(h for node in nodes.tolist() for h in heads_of.get(node, ()))
-        families[signature][block].append(nodes)
+        of_heads = frozenset(head for node in listed for head in heads.of.get(node, ()))
+        of_blocks = frozenset(block for node in listed for block in blocks.get(node, ()))
+        families[signature][of_heads, of_blocks].append(nodes)
     found = []
-    for signature, blocks in families.items():
+    for signature, in_blocks in families.items():
         by_size: dict[int, list[np.ndarray]] = defaultdict(list)
-        for units in blocks.values():
+        for units in in_blocks.values():
             if len(units) > 1:
                 by_size[len(units)].append(np.stack(units))
         for number, group in by_size.items():
@@ -75,35 +149,39 @@ def _channels(members, group_of, group_names, pinned, heads_of, heads) -> list[S
     return found
 
 
-def _heads(members, label, group_of, group_names, pinned, heads_of, channels_of) -> list[Symmetry]:
+def _head_symmetries(classes, group_of, group_names, pinned, heads: Heads) -> list[Symmetry]:
     """Permutations of whole heads: of those that share key/value heads, then of key/value heads with all of theirs."""
+    class_of = {node: number for number, nodes in enumerate(classes) for node in nodes.tolist()}
     by_group: dict[int, list[int]] = defaultdict(list)
-    for head in channels_of:
-        by_group[int(group_of[head])].append(head)
+    for head, centres in enumerate(heads.centres):
+        by_group[int(group_of[centres[0]])].append(head)
     found = []
-    for group, heads in by_group.items():
+    for group, mine in by_group.items():
         sharing: dict[tuple, list[np.ndarray]] = defaultdict(list)
-        for head in sorted(heads):
-            own = [c for c in channels_of[head] if heads_of[c] == {head}]
-            if pinned[head] or len(own) != len(channels_of[head]):
+        for head in mine:
+            centres, own = heads.centres[head], heads.channels[head]
+            if pinned[centres].any() or not own:
                 continue
-            classes = np.unique(label[own])
-            related = np.concatenate([members[index] for index in classes])
-            parents = sorted((int(n) for n in related if n not in heads_of), key=lambda n: (group_of[n], n))
-            unit = [head, *sorted(own, key=lambda n: (group_of[n], n))]
-            sharing[tuple(parents)].append(np.array(unit))
-        found += _within(sharing, f"heads of {group_names[group]}")
+            related = np.concatenate([classes[number] for number in {class_of[node] for node in own}])
+            parents = _sorted((int(node) for node in related if node not in heads.of), group_of)
+            sharing[tuple(parents)].append(np.array([*_sorted(centres, group_of), *_sorted(own, group_of)]))
+        found += _within(sharing, group_of, f"heads of {group_names[group]}")
         if () not in sharing:
             whole = [np.concatenate([np.array(parents), *units]) for parents, units in sharing.items()]
-            found += _within({(): whole}, f"key/value heads of {group_names[group]}")
+            found += _within({(): whole}, group_of, f"key/value heads of {group_names[group]}")
     return found
 
 
-def _within(sharing: dict[tuple, list[np.ndarray]], name: str) -> list[Symmetry]:
-    """One symmetry for all sets of units of the same shape."""
-    by_shape: dict[tuple, list[np.ndarray]] = defaultdict(list)
+def _sorted(nodes: Iterable[int], group_of: np.ndarray) -> list[int]:
+    return sorted(nodes, key=lambda node: (group_of[node], node))
+
+
+def _within(sharing: dict[tuple, list[np.ndarray]], group_of: np.ndarray, name: str) -> list[Symmetry]:
+    """One symmetry for all sets of units that are alike; units of different composition, or overlapping, have none."""
+    alike: dict[tuple, list[np.ndarray]] = defaultdict(list)
     for units in sharing.values():
-        if len(units) > 1 and len({len(unit) for unit in units}) == 1:
-            stacked = np.stack(units)
-            by_shape[stacked.shape].append(stacked)
-    return [Symmetry(name, torch.from_numpy(np.stack(blocks))) for blocks in by_shape.values()]
+        signatures = {tuple(group_of[unit].tolist()) for unit in units}
+        stacked = np.concatenate(units)
+        if len(units) > 1 and len(signatures) == 1 and len(np.unique(stacked)) == len(stacked):
+            alike[len(units), signatures.pop()].append(np.stack(units))
+    return [Symmetry(name, torch.from_numpy(np.stack(blocks))) for blocks in alike.values()]

@@ -1,4 +1,4 @@
-"""The invariants of a neural graph (design.md section 4), checked whenever one is constructed."""
+"""The invariants of a neural graph, checked whenever one is constructed."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Proof by experiment that permutations keep a model's function (design.md section 4; notes on soundness there).
+"""Proof by experiment that permutations keep a model's function.
 
 Weights are drawn at random first, because initial values of 0 and 1 make everything look symmetric, and compared in
 float64 where the model allows it.

@@ -20,6 +20,7 @@ class Nowcaster(ABC):
             ``period // context`` steps (one *interval*) apart.
         max_horizon: the largest horizon it knows, in intervals.
         needs_graph: whether :meth:`nowcast` reads the neural graph.
+        reach: how far it really looks ahead at most, in intervals; a larger horizon is treated as this one.
     """
 
     context: int
@@ -51,6 +52,10 @@ class Nowcaster(ABC):
 
         Nowcasters without memory ignore it.  The tensors are the model's own; copy what is kept.
         """
+
+    @property
+    def reach(self) -> int:
+        return self.max_horizon
 
     @property
     def has_memory(self) -> bool:

@@ -50,6 +50,10 @@ class LinearNowcaster(Nowcaster):
         if self.max_intervals <= 0:
             raise ValueError(f"`max_intervals` of a LinearNowcaster must be above 0, got {max_intervals}")
 
+    @property
+    def reach(self) -> int:
+        return min(math.ceil(self.max_intervals), self.max_horizon)
+
     @torch.no_grad()
     def nowcast(
         self, graph: NeuralGraph | None, states: Sequence[Mapping[str, Tensor]], horizon: int

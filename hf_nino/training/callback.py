@@ -70,7 +70,7 @@ class NiNoCallback(TrainerCallback):
         # A Trainer of ours logs and writes checkpoints itself: it can do so at the right moment.
         self.trainer_logs = False
         self.trainer_saves = False
-        self.pending: dict[str, float] = {}
+        self.pending: list[dict[str, float]] = []
 
     # -- events -----------------------------------------------------------------------------------------------------
 
@@ -134,7 +134,7 @@ class NiNoCallback(TrainerCallback):
             return
         scalars = event.scalars() | self.nowcasting.scalars()
         if self.trainer_logs:
-            self.pending = scalars
+            self.pending.append(scalars)
         else:
             epoch = {} if state.epoch is None else {"epoch": state.epoch}
             state.log_history.append({**scalars, **epoch, "step": state.global_step})

@@ -283,6 +283,7 @@ class Nowcasting(Resumable):
             optimizer=optimizer,
             scheduler_stepped=scheduler_stepped,
         )
+        horizon = min(horizon, self.nowcaster.reach)
         if horizon < 1:
             seconds = time.perf_counter() - started
             return NowcastEvent(step, 0, 0, seconds, reason="the learning rate that is left allows no interval")

@@ -143,8 +143,11 @@ class NiNoTrainerMixin:
         """Log ``logs``, and with logs of training what the last nowcast has to say."""
         callback = self.nino_callback
         if callback is not None and callback.pending and not any(key.startswith(("eval_", "test_")) for key in logs):
-            logs.update(callback.pending)
-            callback.pending = {}
+            *earlier, last = callback.pending
+            # Trackers get one set of numbers for a step; the history keeps all of them.
+            self.state.log_history.extend({**scalars, "step": int(scalars["nino_step"])} for scalars in earlier)
+            logs.update(last)
+            callback.pending = []
         super().log(logs, *args, **kwargs)
 
     def _nowcast_loss(self) -> float:

@@ -1,0 +1,52 @@
+# `make test` and `make demo` are all that a fresh machine needs: they make their own virtual environment.
+PYTHON ?= python3
+VENV ?= .venv
+LOWEST_VENV ?= .venv-lowest
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+LOWEST_STAMP := $(LOWEST_VENV)/.installed
+export HF_HUB_OFFLINE ?= 1
+export TOKENIZERS_PARALLELISM ?= false
+
+.PHONY: help install test slow lint demo test-lowest
+
+help:
+	@echo "make test         run the tests (a few minutes)"
+	@echo "make demo         train a small GPT-2 with and without nowcasts (ARGS='--arch llama' and more)"
+	@echo "make slow         run the slow tests"
+	@echo "make lint         check the style with ruff"
+	@echo "make test-lowest  run the tests with the lowest versions that setup.cfg promises"
+
+install: $(STAMP)
+
+test: $(STAMP)
+	$(BIN)/python -m pytest $(ARGS)
+
+slow: $(STAMP)
+	$(BIN)/python -m pytest -m slow $(ARGS)
+
+lint: $(STAMP)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+demo: $(STAMP)
+	$(BIN)/hf-nino demo $(ARGS)
+
+# Old packages warn about new ones: here only our own warnings are errors.
+test-lowest: $(LOWEST_STAMP)
+	$(LOWEST_VENV)/bin/python -m pytest -o filterwarnings="error:::hf_nino" $(ARGS)
+
+$(STAMP): setup.cfg pyproject.toml constraints/ci.txt
+	$(call install,$(VENV),constraints/ci.txt)
+
+$(LOWEST_STAMP): setup.cfg pyproject.toml constraints/lowest.txt
+	$(call install,$(LOWEST_VENV),constraints/lowest.txt)
+
+define install
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || { \
+		echo "hf_nino needs Python 3.10 or newer, but $(PYTHON) is `$(PYTHON) --version 2>&1`."; \
+		echo "Name a newer one: make PYTHON=python3.11 $(MAKECMDGOALS)"; exit 1; }
+	test -x $(1)/bin/python || $(PYTHON) -m venv $(1)
+	$(1)/bin/python -m pip install --quiet --disable-pip-version-check -c $(2) -e ".[dev]"
+	touch $@
+endef

@@ -1,0 +1,103 @@
+"""The hf-nino command: every command does what its help says, and fails in one line."""
+
+import sys
+
+import pytest
+from transformers import GPT2Config
+from typer.testing import CliRunner
+
+from hf_nino import __version__, cli, load_nowcaster
+
+COMMANDS = ["demo", "convert", "graph", "version"]
+
+
+def run(*arguments: str) -> str:
+    """What a command that succeeds prints."""
+    result = CliRunner().invoke(cli.app, list(arguments), catch_exceptions=False)
+    assert result.exit_code == 0, result.output
+    return result.output
+
+
+def fail(monkeypatch, capsys, *arguments: str) -> str:
+    """What a command that fails as expected prints; its exit code is 1."""
+    monkeypatch.setattr(sys, "argv", ["hf-nino", *arguments])
+    with pytest.raises(SystemExit) as stopped:
+        cli.main()
+    assert stopped.value.code == 1
+    return capsys.readouterr().err
+
+
+def gpt2_folder(path):
+    GPT2Config(
+        n_layer=1, n_embd=16, n_head=2, vocab_size=32, n_positions=16, architectures=["GPT2LMHeadModel"]
+    ).save_pretrained(path)
+    return path
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_every_command_has_help_with_an_example(command):
+    """The help of each command shows how it is called."""
+    assert f"Example: hf-nino {command}" in run(command, "--help")
+
+
+def test_the_list_of_commands_is_complete():
+    """Nothing is tested here that does not exist, and nothing exists that is not tested here."""
+    names = [command.name or command.callback.__name__ for command in cli.app.registered_commands]
+    assert sorted(names) == sorted(COMMANDS)
+
+
+def test_version_prints_the_version():
+    """And nothing else."""
+    assert run("version").strip() == __version__
+
+
+def test_convert_writes_a_folder_that_loads_as_a_nowcaster(shared, tmp_path):
+    """A checkpoint of the original release becomes config.json and model.safetensors, which load_nowcaster takes."""
+    output = run("convert", str(shared / "upstream" / "nino_mlp_h32.pt"), str(tmp_path / "mlp"))
+    assert "5,160 parameters" in output
+    assert {path.name for path in (tmp_path / "mlp").iterdir()} >= {"config.json", "model.safetensors"}
+    nowcaster = load_nowcaster(tmp_path / "mlp")
+    assert sum(p.numel() for p in nowcaster.parameters()) == 5160
+
+
+def test_graph_summarizes_a_folder_and_draws_it(tmp_path):
+    """From a configuration alone: the parameters that the model has (tied ones once), and a PNG if asked for."""
+    from transformers import GPT2LMHeadModel
+
+    folder = gpt2_folder(tmp_path / "model")
+    parameters = sum(p.numel() for p in GPT2LMHeadModel(GPT2Config.from_pretrained(folder)).parameters())
+    output = run("graph", str(folder), "--plot", str(tmp_path / "graph.png"))
+    assert f"{parameters:,} parameters" in output
+    assert (tmp_path / "graph.png").read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "reason"),
+    [
+        (("graph", "no-such-folder"), "no-such-folder"),
+        (("convert", "no-such-file.pt", "out"), "no-such-file.pt"),
+        (("demo", "--steps", "1"), "`steps` must be at least 10"),
+        (("demo", "--smoke", "--nowcaster", "no-such-nowcaster"), "no-such-nowcaster"),
+        (("demo", "--smoke", "--nowcaster", "linear:no_such_setting=1"), "no_such_setting"),
+    ],
+)
+def test_an_expected_error_is_one_line_that_names_the_cause(monkeypatch, capsys, tmp_path, arguments, reason):
+    """Exit code 1, one line, no traceback, and nothing left behind."""
+    monkeypatch.chdir(tmp_path)
+    error = fail(monkeypatch, capsys, *arguments)
+    (line,) = [line for line in error.splitlines() if line.startswith("hf-nino: ")]
+    assert reason in line
+    assert "Traceback" not in error
+    assert not list(tmp_path.iterdir())
+
+
+def test_an_unexpected_error_keeps_its_traceback(monkeypatch):
+    """A defect is not dressed up as a user's mistake."""
+
+    def broken(*arguments, **options):
+        raise RuntimeError("a defect")
+
+    monkeypatch.setattr("hf_nino.demo.run_demo", broken)
+    monkeypatch.setattr(sys, "argv", ["hf-nino", "demo", "--smoke"])
+    with pytest.raises(RuntimeError, match="a defect"):
+        cli.main()
