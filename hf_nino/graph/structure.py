@@ -187,9 +187,7 @@ class Symmetry:
     name: str
     units: Tensor
 
-    def permutation(
-        self, num_nodes: int, generator: torch.Generator | None = None, move_all: bool = False
-    ) -> Tensor:
+    def permutation(self, num_nodes: int, generator: torch.Generator | None = None, move_all: bool = False) -> Tensor:
         """A random member: int64 [N], node n takes the place of node ``permutation[n]``.
 
         With ``move_all`` it is a random cycle through all units of each block, so that none stays where it is.
