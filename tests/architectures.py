@@ -170,6 +170,24 @@ def _llama_layer(layer: int) -> list[tuple[str, int]]:
     ]
 
 
+def _mixtral() -> nn.Module:
+    sizes = TEXT | {"intermediate_size": 12, "num_key_value_heads": 2}
+    return transformers.MixtralForCausalLM(
+        transformers.MixtralConfig(**sizes, num_local_experts=4, num_experts_per_tok=2)
+    )
+
+
+def _mixtral_layer(layer: int) -> list[tuple[str, int]]:
+    at = f"model.layers.{layer}.mlp"
+    return [*_grouped_llama_layer(layer)[:-2], (f"{at}.gate", 4), (f"{at}.experts", 48), (f"{at}.experts (2)", 32)]
+
+
+def _qwen3_layer(layer: int) -> list[tuple[str, int]]:
+    at = f"model.layers.{layer}.self_attn"
+    query, key, *rest = _grouped_llama_layer(layer)
+    return [query, (f"{at}.q_norm.weight", 8), key, (f"{at}.k_norm.weight", 8), *rest]
+
+
 def _encoder_layer(names: tuple[str, str, str, str, str, str], width: int, heads: int, inner: int) -> list:
     query, key, value, output, up, down = names
     return [
@@ -262,6 +280,32 @@ ARCHITECTURES = [
             ("classifier", 2),
         ],
         [(1, 24, 5), *[(3, 8, 1), (3, 8, 1), (1, 40, 1)] * 2, *[(1, 3, 17)] * 2],
+    ),
+    Architecture(
+        "mixtral",
+        _mixtral,
+        [
+            ("model.embed_tokens.weight[row]", 61),
+            ("model.embed_tokens", 32),
+            *_mixtral_layer(0),
+            *_mixtral_layer(1),
+            ("lm_head", 61),
+        ],
+        # 4 experts of 12 units each: units within an expert, and whole experts with their row of the router.
+        [(1, 32, 5), *[(2, 8, 3), (4, 12, 1)] * 2, *[(2, 2, 17), (1, 2, 50), (1, 4, 13)] * 2],
+    ),
+    Architecture(
+        "qwen3",
+        lambda: transformers.Qwen3ForCausalLM(transformers.Qwen3Config(**TEXT, num_key_value_heads=2, head_dim=8)),
+        [
+            ("model.embed_tokens.weight[row]", 61),
+            ("model.embed_tokens", 32),
+            *_qwen3_layer(0),
+            *_qwen3_layer(1),
+            ("lm_head", 61),
+        ],
+        # One norm over the channels of each head, shared by all heads, has neurons of its own and binds no head.
+        [(1, 32, 5), *[(2, 8, 3), (1, 48, 1)] * 2, *[(2, 2, 17), (1, 2, 50)] * 2],
     ),
     Architecture(
         "perceptron",

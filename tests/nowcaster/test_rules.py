@@ -205,3 +205,13 @@ def test_bad_states_are_refused():
         nowcaster.nowcast(None, states, 41)
     with pytest.raises(ValueError, match="from 1 to 1"):
         MomentumNowcaster().nowcast(None, states[:1], 2)
+
+
+def test_linear_says_how_far_it_looks():
+    """Its reach is what it really does: further horizons are accepted and predict the same state."""
+    states = [{"w": torch.tensor([float(i)])} for i in range(5)]
+    nowcaster = LinearNowcaster(max_intervals=3)
+    assert nowcaster.reach == 3 < nowcaster.max_horizon
+    assert nowcaster.nowcast(None, states, 3)["w"].equal(nowcaster.nowcast(None, states, 40)["w"])
+    assert not nowcaster.nowcast(None, states, 2)["w"].equal(nowcaster.nowcast(None, states, 3)["w"])
+    assert LinearNowcaster(max_intervals=2.5).reach == 3

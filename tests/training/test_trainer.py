@@ -53,6 +53,16 @@ def test_a_refused_nowcast_leaves_the_run_as_it_was(tmp_path):
     assert [(entry["nino_accepted"], entry["nino_rejected"]) for entry in scalars(trainer)] == [(0, 1), (0, 2)]
 
 
+def test_no_nowcast_is_lost_between_two_logs(tmp_path):
+    """With a nowcast every 6 steps and a log every 100, the log history has every nowcast, at its own step."""
+    trainer = nino_trainer(tmp_path, logging_strategy="steps", logging_steps=100)
+    trainer.train()
+    events = [event.step for event in trainer.nowcasting.events]
+    assert len(events) > 1
+    assert [entry["nino_step"] for entry in scalars(trainer)] == events
+    assert [entry["step"] for entry in scalars(trainer)][:-1] == events[:-1]
+
+
 def test_numbers_of_a_nowcast_go_into_the_next_training_log(tmp_path):
     """With a log every 4 steps, the nowcast of step 6 is in the log of step 8; evaluation logs stay clean."""
     args = {"logging_strategy": "steps", "logging_steps": 4, "eval_strategy": "steps", "eval_steps": 4}
