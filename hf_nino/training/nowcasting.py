@@ -66,7 +66,8 @@ class Nowcasting(Resumable):
         history_dtype: their dtype.
         on_invalid: ``"skip"`` a nowcast that fails or that the guard refuses (it is logged), or ``"raise"``.
         graph: the model's neural graph; built from the model when the nowcaster needs one.
-        example_inputs: passed on to ``NeuralGraph.from_model``.
+        example_inputs: passed on to ``NeuralGraph.from_model``; or a function without arguments that returns them,
+            which is only called when a graph is built.
         measure: a function that returns a loss; called right before and right after each nowcast is written.
 
     Attributes:
@@ -360,7 +361,8 @@ class Nowcasting(Resumable):
 
         try:
             with preserved_rng():
-                self.graph = NeuralGraph.from_model(self.store.model, self._example_inputs)
+                inputs = self._example_inputs() if callable(self._example_inputs) else self._example_inputs
+                self.graph = NeuralGraph.from_model(self.store.model, inputs)
             self.enabled = True
         except Exception as error:
             kind = type(self.store.model).__name__

@@ -119,6 +119,7 @@ class NiNoTrainerMixin:
             history_device=settings["nowcast_history_device"],
             on_invalid=settings["nowcast_on_invalid"],
             measure=self._nowcast_loss if measures else None,
+            example_inputs=self._nowcast_inputs,
         )
         self.nino_callback.trainer_logs = self.nino_callback.trainer_saves = True
         # Right after the callback that only sets flags, before any that reads or saves parameters.
@@ -149,6 +150,15 @@ class NiNoTrainerMixin:
             logs.update(last)
             callback.pending = []
         super().log(logs, *args, **kwargs)
+
+    def _nowcast_inputs(self) -> Any:
+        """One training example as a batch, for models that do not say what they take; ``None`` for others."""
+        if hasattr(self.model, "main_input_name") or self.train_dataset is None:
+            return None
+        dataset = self.train_dataset
+        example = dataset[0] if hasattr(dataset, "__getitem__") else next(iter(dataset))
+        collate = self._get_collator_with_removed_columns(self.data_collator)
+        return self._prepare_inputs(collate([example]))
 
     def _nowcast_loss(self) -> float:
         """The loss on the first evaluation batch; training flags and collected metrics stay as they are."""

@@ -209,3 +209,35 @@ def test_bad_fields_are_refused(tmp_path, field, value):
     for kind in (NiNoArguments, lambda **k: NiNoTrainingArguments(str(tmp_path), use_cpu=True, **k)):
         with pytest.raises(ValueError, match=field.removeprefix("nowcast_")):
             kind(**{field: value})
+
+
+class Regression(torch.nn.Module):
+    """A user's own module, which has no `config` and does not say what it takes."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.hidden, self.last = torch.nn.Linear(3, 5), torch.nn.Linear(5, 1)
+
+    def forward(self, x, labels):
+        prediction = self.last(torch.relu(self.hidden(x)))
+        return {"loss": (prediction - labels).square().mean(), "prediction": prediction}
+
+
+def test_a_graph_nowcaster_reads_the_inputs_of_a_users_own_module_from_the_data(tmp_path):
+    """NiNoTrainer traces one training example; without a dataset to look at, the same module has no graph."""
+    from hf_nino.nowcaster import NiNoModel, NowcasterConfig
+
+    generator = torch.Generator().manual_seed(0)
+    data = [{"x": torch.randn(3, generator=generator), "labels": torch.ones(1), "id": "unused"} for _ in range(16)]
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        nowcaster, model = NiNoModel(NowcasterConfig(hidden_size=8)), Regression()
+    args = arguments(tmp_path, NiNoTrainingArguments, nowcast_period=PERIOD, nowcast_on_invalid="raise")
+    trainer = NiNoTrainer(model=model, args=args, train_dataset=data, nowcaster=nowcaster)
+    trainer.train()
+    assert trainer.nowcasting.nowcasts >= 1
+    assert trainer.nowcasting.graph.group("hidden").size == 5
+
+    trainer.train_dataset = None
+    with pytest.raises(ValueError, match="`example_inputs` must be given for a Regression"):
+        trainer.nowcasting.graph.from_model(model, trainer._nowcast_inputs())
