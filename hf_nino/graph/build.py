@@ -162,7 +162,7 @@ class Builder:
     def __init__(self, traced: Trace, trainable: set[str], tied: dict[str, str]) -> None:
         self.record, self.shapes, self.trainable, self.aliases = traced.record, traced.shapes, trainable, tied
         record = self.record
-        merge_slices(record, self.shapes)
+        merge_slices(record)
         root = record.find(torch.arange(record.count)).numpy()
         used = np.zeros(record.count, dtype=bool)
         for use in record.uses:
@@ -320,9 +320,12 @@ class Builder:
         together = [(node(a.numpy()), node(b.numpy())) for a, b in self._known(self.record.ties + self.record.repeats)]
         stars = [(node(a.numpy()), node(b.numpy())) for a, b in self._known(self.record.stars)]
         shared = [(node(a.numpy()), node(b.numpy())) for a, b in self._known(self.record.shared)]
+        coarse = [(node(a.numpy()), node(b.numpy())) for a, b in self._known(self.record.coarse)]
         confined = [node(a.numpy()) for a, _ in self._known([(ids, ids) for ids in self.record.confined])]
         pinned = np.zeros(sum(group.size for group in self.groups), dtype=bool)
         pinned[node(self.nodes)] = self.record.pinned_flags(self.nodes)
+        lost = np.zeros_like(pinned)
+        lost[node(self.nodes)] = self.record.lost_flags(self.nodes)
         group_of = np.repeat(np.arange(len(self.groups)), [group.size for group in self.groups])
         pinned |= np.array([group.kind == "private" for group in self.groups])[group_of]
         names = [group.name for group in self.groups]
@@ -331,7 +334,7 @@ class Builder:
             groups=tuple(self.groups),
             blocks=tuple(blocks),
             constants=tuple(self._constant_edges()),
-            symmetries=tuple(propose(group_of, names, pinned, together, stars, shared, confined)),
+            symmetries=tuple(propose(group_of, names, pinned, together, stars, shared, coarse, confined, lost)),
             shapes={name: shape for name, shape in self.shapes.items() if name in on_blocks},
             report=tuple(report),
             aliases=self.aliases,

@@ -82,7 +82,7 @@ def linear_map(
             return
         record.notes.append(f"{view.parameter}: a batch of matrices in one product has no rule")
         if (ids := trace.ids(activation)) is not None:
-            record.pin(ids, "read by a batch of matrices")
+            record.pin(ids, "read by a batch of matrices", lost=True)
         trace.set_ids(result, None)
         return
     read_dim %= activation.dim()
@@ -97,7 +97,7 @@ def linear_map(
         trace.set_ids(result, small.expand(result.shape) if small.dim() == result.dim() else None)
         return
     if elsewhere:
-        record.pin(ids, "read along one of two axes of neurons")
+        record.pin(ids, "read along one of two axes of neurons", lost=True)
         ids = None
     source = give_inputs(trace, activation, read_dim) if ids is None else ids.expand(
         [s if d == read_dim else 1 for d, s in enumerate(activation.shape)]
@@ -131,7 +131,7 @@ def batch_of_maps(
         part, out = activation[index], torch.empty(result.shape[1:], device="meta")
         if ids is not None:
             trace.set_ids(part, ids[index])
-        piece = replace(view, shadow=view.shadow[index], slice=index)
+        piece = replace(view, shadow=view.shadow[index], slice=index, slices=view.shadow.shape[0])
         linear_map(trace, part, read_dim, piece, in_dim - 1, out_dim - 1, out, result_dim - 1)
         found = trace.full_ids(out)
         if found is not None and ids is not None and not ids[0].equal(ids[-1]):
@@ -146,7 +146,7 @@ def _activations(trace: Trace, left: Tensor | None, right: Tensor | None, result
     known = [ids for ids in (left, right) if ids is not None]
     if any(ids.dim() != result.dim() or ids.dim() < 2 for ids in known):
         for ids in known:
-            record.pin(ids, "product of activations of different rank")
+            record.pin(ids, "product of activations of different rank", lost=True)
         known = []
     if not known:
         trace.set_ids(result, None)
@@ -157,7 +157,7 @@ def _activations(trace: Trace, left: Tensor | None, right: Tensor | None, result
         scores(trace, left, right, result)
         return
     if read_left or read_right:
-        record.pin(left if read_left else right, "contracted with data")
+        record.pin(left if read_left else right, "contracted with data", lost=True)
         known = [ids for ids, read in ((left, read_left), (right, read_right)) if ids is not None and not read]
     if len(known) == 2:
         trace.set_ids(result, weighted_sum(trace, left, right, result))
@@ -195,8 +195,8 @@ def scores(trace: Trace, query: Tensor, key: Tensor, result: Tensor) -> None:
         record.repeats.append((b, a))
         record.connect(EdgeType.RESIDUAL, a, b)
     else:
-        record.pin(a, "contracted with several neurons")
-        record.pin(b, "contracted with several neurons")
+        record.pin(a, "contracted with several neurons", lost=True)
+        record.pin(b, "contracted with several neurons", lost=True)
     if not attention:
         trace.set_ids(result, None)
         return
@@ -234,8 +234,8 @@ def weighted_sum(trace: Trace, weights: Tensor, values: Tensor, result: Tensor) 
     """
     record = trace.record
     if weights.shape[-1] > 1 or weights.shape[-2] > 1:
-        record.pin(weights, "product over two axes of neurons")
-        record.pin(values, "product over two axes of neurons")
+        record.pin(weights, "product over two axes of neurons", lost=True)
+        record.pin(values, "product over two axes of neurons", lost=True)
         return None
     heads, channels = torch.broadcast_tensors(weights, values)
     head, channel = unique_pairs(heads, channels)
@@ -266,7 +266,7 @@ def convolve(trace: Trace, call: Call) -> None:
     transposed, groups = bool(arguments.get("transposed", False)), int(arguments.get("groups", 1))
     ids = trace.ids(source)
     if ids is not None and any(dim != 1 for dim in varying(ids)):
-        record.pin(ids, "convolved along neurons")
+        record.pin(ids, "convolved along neurons", lost=True)
         ids = None
     channels = source.shape[1]
     taps = axis_elements(view, list(range(2, view.shadow.dim())))

@@ -22,7 +22,7 @@ from .trace import ParameterView, Trace
 def remember_router(trace: Trace, view: ParameterView) -> None:
     """Note that a slice of a parameter is used after a router of as many experts has chosen among them."""
     router = trace.record.last_router
-    if view.slice is not None and router is not None and len(router) == trace.shapes[view.parameter][0]:
+    if view.slice is not None and router is not None and len(router) == view.slices:
         trace.record.routers.setdefault(view.parameter, router)
 
 
@@ -62,7 +62,25 @@ def unite_slices(trace: Trace, ids: Tensor, dims: list[int]) -> Tensor | None:
     return record.find(parts[0]).unsqueeze(dims[0])
 
 
-def merge_slices(record: Record, shapes: dict[str, tuple[int, ...]]) -> None:
+def are_slices(trace: Trace, parts: list[Tensor]) -> bool:
+    """Whether neurons of several experts are concatenated, as rows for their tokens."""
+    known = [part[part >= 0] for part in parts if bool((part >= 0).any())]
+    made_by = [trace.record.allocation(int(part.min())) for part in known]
+    families = {a.family for a in made_by}
+    return len(families) == 1 and None not in families and len({a.start for a in made_by}) > 1
+
+
+def unite_rows(trace: Trace, ids: Tensor, dim: int) -> Tensor:
+    """Rows of several experts that go to the same places are the same neurons; returns one row, compact."""
+    rows = ids.unbind(dim)
+    if len(rows) == 1 or not are_slices(trace, list(rows)):
+        return ids
+    for row in torch.unique(ids, dim=dim).unbind(dim)[1:]:
+        trace.record.unite(rows[0].flatten(), row.flatten())
+    return trace.record.find(rows[0].unsqueeze(dim))
+
+
+def merge_slices(record: Record) -> None:
     """Replace the uses of each sliced parameter by one, over all experts, wherever they share a side."""
     sliced: dict[str, list[ParameterUse]] = defaultdict(list)
     for use in record.uses:
@@ -74,7 +92,7 @@ def merge_slices(record: Record, shapes: dict[str, tuple[int, ...]]) -> None:
         uses.sort(key=lambda use: use.slice)
         if len({use.slice for use in uses}) != len(uses):
             continue
-        uses += _missing(record, name, uses, shapes[name][0], new_units)
+        uses += _missing(record, name, uses, len(record.routers.get(name, uses)), new_units)
         uses.sort(key=lambda use: use.slice)
         joined = _join(record, name, uses)
         if joined is not None:

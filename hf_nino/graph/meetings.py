@@ -22,7 +22,7 @@ def forget(trace: Trace, call: Call, reason: str) -> None:
     """No rule applies: pin every neuron that goes in, and follow nothing that comes out."""
     for tensor in call.tensors:
         if (ids := trace.ids(tensor)) is not None:
-            trace.record.pin(ids, reason)
+            trace.record.pin(ids, reason, lost=True)
         elif (view := trace.view(tensor)) is not None:
             trace.record.notes.append(f"{view.parameter}: {reason}")
     for result in call.results:
@@ -69,11 +69,13 @@ def join(trace: Trace, first: Tensor, second: Tensor) -> Tensor:
         return compact(torch.where(fresh >= 0, fresh, stream))
     if is_function(a) or is_function(b):
         fine, coarse, fine_ids, other = (a, b, first, second) if is_function(a) else (b, a, second, first)
+        if record.is_lost(coarse):
+            record.pin(fine, "meets activations that could not be followed", lost=True)
         record.connect(EdgeType.OTHER, coarse, fine)
-        record.stars.append((coarse, fine))
+        record.coarse.append((coarse, fine))
         return compact(torch.where(fine_ids >= 0, fine_ids, other))
-    record.pin(first, "meets other neurons in no one-to-one way")
-    record.pin(second, "meets other neurons in no one-to-one way")
+    record.pin(first, "meets other neurons in no one-to-one way", lost=True)
+    record.pin(second, "meets other neurons in no one-to-one way", lost=True)
     return compact(torch.where(first >= 0, first, second))
 
 
@@ -86,7 +88,7 @@ def one_allocation(trace: Trace, first: Tensor, second: Tensor) -> bool:
 def replace_ids(ids: Tensor, old: Tensor, new: Tensor) -> Tensor:
     """ids with every ``old[i]`` replaced by ``new[i]``."""
     order = old.argsort()
-    place = torch.searchsorted(old[order], ids).clamp(max=len(old) - 1)
+    place = torch.searchsorted(old[order], ids.contiguous()).clamp(max=len(old) - 1)
     return torch.where(old[order][place] == ids, new[order][place], ids)
 
 
@@ -251,7 +253,9 @@ def give_inputs(trace: Trace, tensor: Tensor, dim: int) -> Tensor:
     """Pinned neurons for data along one dimension; the tensor keeps them for its next reader."""
     size = tensor.shape[dim]
     number = sum(a.kind == "input" for a in trace.record.allocations)
-    ids = trace.record.new_neurons(f"input{number or ''}", size, kind="input", pinned="input of the model")
+    reason = "activations that could not be followed" if trace.is_opaque(tensor) else "input of the model"
+    ids = trace.record.new_neurons(f"input{number or ''}", size, kind="input")
+    trace.record.pin(ids, reason, lost=trace.is_opaque(tensor))
     shape = [1] * tensor.dim()
     shape[dim] = size
     trace.set_ids(tensor, ids.view(shape).expand(tensor.shape))

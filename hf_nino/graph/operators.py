@@ -6,6 +6,7 @@ of the call's results.  Contractions, which is where most edges come from, are i
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import replace
 
@@ -13,7 +14,7 @@ import torch
 from torch import Tensor
 
 from . import contractions
-from .experts import unite_slices
+from .experts import are_slices, unite_rows, unite_slices
 from .meetings import add_rows, forget, input_neurons, join, one_allocation, pointwise_parameter, promote, replace_ids
 from .provenance import NONE, compact, varying
 from .structure import EdgeType
@@ -29,7 +30,7 @@ MOVES = (
     "view", "_unsafe_view", "reshape", "_reshape_alias", "permute", "transpose", "t", "expand", "slice", "select",
     "split", "split_with_sizes", "unsafe_split", "unbind", "chunk", "squeeze", "unsqueeze", "flip", "roll", "repeat",
     "repeat_interleave", "narrow", "unfold", "diagonal", "movedim", "flatten", "unflatten", "tile", "index_select",
-    "gather", "take_along_dim", "squeeze_", "unsqueeze_", "transpose_", "t_", "swapaxes",
+    "squeeze_", "unsqueeze_", "transpose_", "t_", "swapaxes",
 )  # fmt: skip
 """Operators that only move elements: they run on the ids themselves."""
 
@@ -74,6 +75,8 @@ def keep(trace: Trace, call: Call) -> None:
         trace.set_view(result, view)
     elif (ids := trace.ids(first)) is not None:
         trace.set_ids(result, ids)
+    elif (lowest := trace.summary(first)) is not None and lowest.dim() == result.dim():
+        trace.set_summary(result, lowest)
     if trace.is_input(first):
         trace.mark_input(result)
 
@@ -89,9 +92,10 @@ def move(trace: Trace, call: Call) -> None:
         if moved is None:
             forget(trace, call, "elements of a parameter were copied out of order")
             return
-        slices = _first_axis_slices(trace, call, view, len(moved))
-        for result, shadow, index in zip(call.results, moved, slices, strict=True):
-            trace.set_view(result, replace(view, shadow=shadow, slice=index))
+        indices = _first_axis_slices(trace, call, view, len(moved))
+        for result, shadow, index in zip(call.results, moved, indices, strict=True):
+            slices = view.slices if index == view.slice else view.shadow.shape[0]
+            trace.set_view(result, replace(view, shadow=shadow, slice=index, slices=slices))
     elif (ids := trace.full_ids(first)) is not None:
         moved = call.function(**on_cpu(arguments | {key: ids.contiguous()}))
         moved = [moved] if isinstance(moved, Tensor) else list(moved)
@@ -104,8 +108,10 @@ def move(trace: Trace, call: Call) -> None:
 
 def _first_axis_slices(trace: Trace, call: Call, view: ParameterView, count: int) -> list[int | None]:
     """The expert that each result belongs to, when a whole parameter is taken apart along its first axis."""
-    whole = tuple(view.shadow.shape) == trace.shapes[view.parameter] and view.shadow.dim() > 1
-    if whole and call.arguments.get("dim", 0) == 0:
+    shape = tuple(view.shadow.shape)
+    split = len(shape) > 2 and view.shadow.numel() == math.prod(trace.shapes[view.parameter])
+    whole = (shape == trace.shapes[view.parameter] and len(shape) > 1) or split
+    if whole and view.slice is None and call.arguments.get("dim", 0) == 0:
         if call.name == "aten::select":
             return [int(call.arguments["index"]) % view.shadow.shape[0]]
         if call.name == "aten::unbind":
@@ -143,7 +149,7 @@ def concatenate(trace: Trace, call: Call) -> None:
     if call.name == "aten::stack":
         ids = [x.unsqueeze(dim) for x in ids]
     moving = [compact(x) for x in ids]
-    if call.name != "aten::stack" and not any(dim in varying(x) for x in moving):
+    if call.name != "aten::stack" and not any(dim in varying(x) for x in moving) and not are_slices(trace, moving):
         merged = moving[0]
         for other in moving[1:]:
             merged = join(trace, merged, other) if _same_neurons(trace, merged, other) else None
@@ -182,6 +188,9 @@ def pointwise(trace: Trace, call: Call) -> None:
             promote(trace, views[0], EdgeType.OTHER)
             active, views = [views[0]], views[1:]
     if not active:
+        summaries = [t for t in tensors if trace.summary(t) is not None]
+        if len(summaries) == 1 and all(t is summaries[0] or _uniform(t) for t in tensors):
+            trace.set_summary(result, trace.summary(summaries[0]))
         return
     dims = result.dim()
     ids = _aligned(trace.ids(active[0]), dims)
@@ -215,10 +224,22 @@ def _pin_by_constant(trace: Trace, ids: Tensor, constant: Tensor, shape: torch.S
     for dim in varying(ids):
         if full.shape[dim] == 1:
             continue
+        if trace.is_opaque(constant):
+            if not _is_of_same_head(trace.summary(constant), ids, dim):
+                trace.record.pin(ids, "meets activations that could not be followed", lost=True)
+            continue
         first = full.narrow(dim, 0, 1)
         same = False if full.is_meta else (full == first) | ((full != full) & (first != first))
         if not bool(torch.as_tensor(same).all()):
             trace.record.pin(ids, "meets a constant that differs between neurons (rotary or sinusoidal table, mask)")
+
+
+def _is_of_same_head(lowest: Tensor | None, ids: Tensor, dim: int) -> bool:
+    """Whether one number for each head meets the channels of that head, along the dimension of heads."""
+    if lowest is None or lowest.dim() != ids.dim() or lowest.shape[dim] != ids.shape[dim] or varying(lowest) != (dim,):
+        return False
+    others = [other for other in varying(ids) if other != dim]
+    return compact(ids.amin(dim=others, keepdim=True)).equal(lowest) if others else ids.equal(lowest)
 
 
 @register(*REDUCTIONS)
@@ -236,7 +257,7 @@ def reduce(trace: Trace, call: Call) -> None:
     keepdim = bool(call.arguments.get("keepdim", False)) or call.name == "aten::topk"
     small = compact(ids)
     gone = sorted(set(dims) & set(varying(small)))
-    if call.name == "aten::topk" and gone == list(varying(small)):
+    if call.name in ("aten::topk", "aten::max", "aten::argmax") and gone == list(varying(small)):
         trace.record.last_router = small.flatten()
     summed = unite_slices(trace, small, gone) if call.name in ("aten::sum", "aten::mean") and gone else None
     if summed is not None:
@@ -244,6 +265,9 @@ def reduce(trace: Trace, call: Call) -> None:
     for result in call.results:
         if gone and summed is None:
             trace.set_ids(result, None)
+            lowest = small.amin(dim=gone, keepdim=True)
+            if varying(lowest) and keepdim:
+                trace.set_summary(result, lowest)
             continue
         left = small if keepdim else small.squeeze(tuple(dims))
         trace.set_ids(result, left.expand(result.shape) if left.dim() == result.dim() else None)
@@ -259,7 +283,7 @@ def same_shape(trace: Trace, call: Call) -> None:
     if ids is None:
         return
     if "softmax" not in call.name and varying(ids):
-        trace.record.pin(ids, f"{call.name} depends on the order of neurons")
+        trace.record.pin(ids, f"{call.name} depends on the order of neurons", lost=True)
     trace.set_ids(result, ids.expand(result.shape) if result.shape == call.tensors[0].shape else None)
 
 
@@ -270,7 +294,7 @@ def pool(trace: Trace, call: Call) -> None:
     if ids is None:
         return
     if any(dim != 1 for dim in varying(ids)):
-        trace.record.pin(ids, f"{call.name} mixes neurons")
+        trace.record.pin(ids, f"{call.name} mixes neurons", lost=True)
         return
     for result in call.results:
         trace.set_ids(result, ids.expand(result.shape))
@@ -334,7 +358,9 @@ def gather_sums(trace: Trace, call: Call) -> None:
     source = next((call.arguments[name] for name in ("source", "src", "values") if name in call.arguments), None)
     if trace.view(source) is not None:
         promote(trace, source, EdgeType.OTHER)
-    ids = [compact(x) for x in (trace.ids(destination), trace.ids(source)) if x is not None]
+    ids = [x for x in (trace.ids(destination), trace.ids(source)) if x is not None]
+    if trace.ids(source) is not None and ids[-1].dim() == result.dim():
+        ids[-1] = unite_rows(trace, ids[-1], int(call.arguments.get("dim", 0)) % result.dim())
     if any(x.dim() != result.dim() or not contractions.fits(x, result) for x in ids):
         forget(trace, call, f"operator {call.name} along neurons")
         return
@@ -363,6 +389,14 @@ def view_as_real(trace: Trace, call: Call) -> None:
         trace.set_ids(call.results[0], torch.stack([real, imaginary], dim=-1))
 
 
+@register("gather", "take_along_dim")
+def gather(trace: Trace, call: Call) -> None:
+    """What is gathered along neurons depends on the data (a router's choice) and belongs to none."""
+    ids, (result, *_) = trace.ids(call.tensors[0]), call.results
+    if ids is not None and call.arguments.get("dim", 0) % result.dim() not in varying(ids):
+        trace.set_ids(result, ids.expand(result.shape) if contractions.fits(ids, result) else None)
+
+
 @register("copy_")
 def copy(trace: Trace, call: Call) -> None:
     """The destination takes over the source's neurons."""
@@ -370,7 +404,7 @@ def copy(trace: Trace, call: Call) -> None:
     if trace.view(source) is not None:
         promote(trace, source, EdgeType.OTHER)
     ids = trace.ids(source)
-    trace.set_ids(destination, None if ids is None else _aligned(ids, destination.dim()).expand(destination.shape))
+    trace.write(destination, None if ids is None else _aligned(ids, destination.dim()))
 
 
 @register("native_layer_norm", "_fused_rms_norm", "rms_norm", "native_batch_norm",

@@ -84,6 +84,7 @@ class Record:
     ties: list[tuple[Tensor, Tensor]] = field(default_factory=list)
     stars: list[tuple[Tensor, Tensor]] = field(default_factory=list)
     shared: list[tuple[Tensor, Tensor]] = field(default_factory=list)
+    coarse: list[tuple[Tensor, Tensor]] = field(default_factory=list)
     confined: list[Tensor] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
     pin_reasons: list[str] = field(default_factory=list)
@@ -98,6 +99,7 @@ class Record:
         self._parent = np.empty(0, dtype=np.int64)
         self._read = np.empty(0, dtype=bool)
         self._pin = np.empty(0, dtype=np.int32)
+        self._lost = np.empty(0, dtype=bool)
         self._role = np.empty(0, dtype=np.int8)
 
     def new_neurons(
@@ -115,6 +117,7 @@ class Record:
         self._parent = np.concatenate([self._parent, np.arange(start, self.count)])
         self._read = np.concatenate([self._read, np.zeros(size, dtype=bool)])
         self._pin = np.concatenate([self._pin, np.zeros(size, dtype=np.int32)])
+        self._lost = np.concatenate([self._lost, np.zeros(size, dtype=bool)])
         self._role = np.concatenate([self._role, np.zeros(size, dtype=np.int8)])
         ids = torch.arange(start, self.count)
         if pinned is not None:
@@ -145,6 +148,7 @@ class Record:
         self._parent[high] = low
         self._read[low] |= self._read[high]
         self._pin[low] = np.maximum(self._pin[low], self._pin[high])
+        self._lost[low] |= self._lost[high]
 
     def mark_read(self, ids: Tensor) -> None:
         """Remember that a linear map has read these neurons: what is added to them later is a new place."""
@@ -153,13 +157,21 @@ class Record:
     def is_read(self, ids: Tensor) -> bool:
         return bool(self._read[self._roots(ids)].any())
 
-    def pin(self, ids: Tensor, reason: str) -> None:
-        """Give neurons an identity of their own; the first reason stays."""
+    def pin(self, ids: Tensor, reason: str, lost: bool = False) -> None:
+        """Give neurons an identity of their own; the first reason stays.
+
+        With ``lost``, it is because they could not be followed any further: the heads that they belong to are not
+        proposed for permutations either.
+        """
         roots = self._roots(ids)
+        self._lost[roots] |= lost
         if reason not in self.pin_reasons:
             self.pin_reasons.append(reason)
         number = self.pin_reasons.index(reason) + 1
         self._pin[roots] = np.where(self._pin[roots] == 0, number, self._pin[roots])
+
+    def is_lost(self, ids: Tensor) -> bool:
+        return bool(self._lost[self._roots(ids)].any())
 
     def pin_reason(self, neuron: int) -> str | None:
         number = self._pin[neuron]
@@ -171,6 +183,10 @@ class Record:
     def pinned_flags(self, neurons: np.ndarray) -> np.ndarray:
         """Whether each of these representatives is pinned, bool of the same shape."""
         return self._pin[neurons] > 0
+
+    def lost_flags(self, neurons: np.ndarray) -> np.ndarray:
+        """Whether each of these representatives was lost from sight, bool of the same shape."""
+        return self._lost[neurons]
 
     def set_role(self, ids: Tensor, role: Role) -> None:
         """Give a role to every id of these neurons so far.

@@ -43,7 +43,9 @@ def propose(
     together: Iterable[Pairs],
     stars: Sequence[Pairs],
     shared: Sequence[Pairs] = (),
+    coarse: Sequence[Pairs] = (),
     confined: Sequence[np.ndarray] = (),
+    lost: np.ndarray | None = None,
 ) -> list[Symmetry]:
     """Symmetries that the trace suggests.
 
@@ -55,10 +57,18 @@ def propose(
         stars: (head, channel).
         shared: (node of a parameter's element, neuron that uses it): a parameter shared by several neurons.  If those
             are all of one head, the element belongs to the head; else all of them move together with it.
+        coarse: (neuron, neuron that it meets elementwise together with others): a gate for each head.  Sorted like
+            ``shared``; where there are no heads, it makes some.
         confined: sets of nodes that may only be permuted among themselves (the sides of a block-diagonal map).
+        lost: whether a node could not be followed any further, bool [N]; a head with such a node is left out.
     """
-    per_head, per_channel = _sort_shared(shared, stars)
-    heads = _heads_from([*stars, *per_head])
+    lost = np.zeros_like(pinned) if lost is None else lost
+    stars = _partitions(stars, group_of)
+    per_head, per_channel, alone = _sort_shared(shared, stars)
+    per_channel += alone
+    gates, per_gate, of_no_head = _sort_shared(coarse, stars)
+    heads = _heads_from([*stars, *per_head, *gates, *_partitions(of_no_head, group_of)])
+    per_channel += per_gate
     together = list(together)
     blocks: dict[int, set[int]] = defaultdict(set)
     for number, nodes in enumerate(confined):
@@ -68,7 +78,9 @@ def propose(
     classes, head_classes = _classes([*together, *per_channel], group_of), _classes(together, group_of)
     return [
         *_channel_symmetries(classes, group_of, group_names, pinned, heads, blocks),
-        *_head_symmetries(head_classes, group_of, group_names, pinned, heads),
+        *_head_symmetries(
+            head_classes, group_of, group_names, pinned, heads, pinned & False if lost is None else lost
+        ),
     ]
 
 
@@ -82,23 +94,37 @@ def _classes(pairs: Sequence[Pairs], group_of: np.ndarray) -> list[np.ndarray]:
     return np.split(order, np.flatnonzero(np.diff(label[order])) + 1)
 
 
-def _sort_shared(shared: Sequence[Pairs], stars: Sequence[Pairs]) -> tuple[list[Pairs], list[Pairs]]:
-    """Shared parameters with one element for each head, and all others."""
+def _sort_shared(shared: Sequence[Pairs], stars: Sequence[Pairs]) -> tuple[list[Pairs], list[Pairs], list[Pairs]]:
+    """What is shared with one element for each head, otherwise, and by neurons of no head at all."""
     heads_of: dict[int, set[int]] = defaultdict(set)
     for head, channel in stars:
         for h, c in zip(head.tolist(), channel.tolist(), strict=True):
             heads_of[c].add(h)
-    per_head, per_channel = [], []
+    per_head, per_channel, of_no_head = [], [], []
     for element, neuron in shared:
         heads: dict[int, set[frozenset[int]]] = defaultdict(set)
         for e, n in zip(element.tolist(), neuron.tolist(), strict=True):
             heads[e].add(frozenset(heads_of.get(n, ())))
+        if all(sets == {frozenset()} for sets in heads.values()):
+            of_no_head.append((element, neuron))
+            continue
         one_head = all(len(sets) == 1 and frozenset() not in sets for sets in heads.values())
         if one_head and len(set.union(*heads.values())) == len(heads) > 1:
             per_head.append((element, neuron))
         else:
             per_channel.append((element, neuron))
-    return per_head, per_channel
+    return per_head, per_channel, of_no_head
+
+
+def _partitions(stars: Sequence[Pairs], group_of: np.ndarray) -> list[Pairs]:
+    """Without the stars of groups in which two heads have a channel in common (experts that share their outputs)."""
+    heads_of: dict[tuple[int, int], set[int]] = defaultdict(set)
+    for head, channel in stars:
+        for h, c in zip(head.tolist(), channel.tolist(), strict=True):
+            heads_of[int(group_of[h]), c].add(h)
+    overlapping = {group for (group, _), found in heads_of.items() if len(found) > 1}
+    kept = [~np.isin(group_of[head], sorted(overlapping)) for head, _ in stars]
+    return [(head[keep], channel[keep]) for (head, channel), keep in zip(stars, kept, strict=True)]
 
 
 def _heads_from(stars: Iterable[Pairs]) -> Heads:
@@ -149,7 +175,7 @@ def _channel_symmetries(classes, group_of, group_names, pinned, heads: Heads, bl
     return found
 
 
-def _head_symmetries(classes, group_of, group_names, pinned, heads: Heads) -> list[Symmetry]:
+def _head_symmetries(classes, group_of, group_names, pinned, heads: Heads, lost) -> list[Symmetry]:
     """Permutations of whole heads: of those that share key/value heads, then of key/value heads with all of theirs."""
     class_of = {node: number for number, nodes in enumerate(classes) for node in nodes.tolist()}
     by_group: dict[int, list[int]] = defaultdict(list)
@@ -163,10 +189,12 @@ def _head_symmetries(classes, group_of, group_names, pinned, heads: Heads) -> li
             if pinned[centres].any() or not own:
                 continue
             related = np.concatenate([classes[number] for number in {class_of[node] for node in own}])
+            if lost[related].any() or lost[centres].any():
+                continue
             parents = _sorted((int(node) for node in related if node not in heads.of), group_of)
             sharing[tuple(parents)].append(np.array([*_sorted(centres, group_of), *_sorted(own, group_of)]))
         found += _within(sharing, group_of, f"heads of {group_names[group]}")
-        if () not in sharing:
+        if sharing and () not in sharing:
             whole = [np.concatenate([np.array(parents), *units]) for parents, units in sharing.items()]
             found += _within({(): whole}, group_of, f"key/value heads of {group_names[group]}")
     return found

@@ -16,7 +16,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -25,7 +25,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map_only
 
-from .provenance import Record, compact
+from .provenance import NONE, Record, compact
 
 
 @dataclass(frozen=True)
@@ -37,6 +37,8 @@ class ParameterView:
     """Meta tensor with the strides and offset of the view in the contiguous, flattened parameter."""
     slice: int | None = None
     """The index along the parameter's first axis, where one was selected: the expert."""
+    slices: int = 0
+    """How many there are."""
 
     @property
     def elements_dims(self) -> tuple[int, ...]:
@@ -49,7 +51,7 @@ class ParameterView:
         return torch.arange(self.shadow.shape[dim]) * self.shadow.stride(dim)
 
     def with_shadow(self, shadow: Tensor) -> ParameterView:
-        return ParameterView(self.parameter, shadow, self.slice)
+        return replace(self, shadow=shadow)
 
 
 @dataclass
@@ -89,8 +91,14 @@ class Trace(TorchDispatchMode):
         self.record = Record()
         self._ids: dict[int, Tensor] = {}
         self._views: dict[int, ParameterView] = {}
+        # Ids of storages that were written piece by piece: their tensors see what was written through others.
+        self._canvases: dict[int, Tensor] = {}
         # Strong references keep id() of every tensor of the trace unique.
         self._alive: dict[int, Tensor] = {}
+        # Activations that come from neurons but could not be followed to any.
+        self._opaque: set[int] = set()
+        # One number for each head, from its channels: the lowest id of those (a norm's variance).
+        self._summaries: dict[int, Tensor] = {}
         self._inputs = {id(leaf) for leaf in tree_leaves(inputs) if isinstance(leaf, Tensor)}
         self._alive.update({id(leaf): leaf for leaf in tree_leaves(inputs) if isinstance(leaf, Tensor)})
         self.shapes: dict[str, tuple[int, ...]] = {}
@@ -119,7 +127,12 @@ class Trace(TorchDispatchMode):
     def ids(self, tensor: Any) -> Tensor | None:
         """Compact neuron ids of an activation, or ``None``."""
         ids = self._ids.get(id(tensor)) if isinstance(tensor, Tensor) else None
-        return None if ids is None else compact(self.record.find(ids))
+        if ids is None and self._canvases and isinstance(tensor, Tensor) and self._on_canvas(tensor):
+            canvas = self._canvases[tensor.untyped_storage()._cdata]
+            ids = canvas.as_strided(tensor.shape, tensor.stride(), tensor.storage_offset())
+        if ids is None or bool((ids < 0).all()):
+            return None
+        return compact(self.record.find(ids))
 
     def full_ids(self, tensor: Tensor) -> Tensor | None:
         """Neuron ids expanded to the tensor's shape."""
@@ -133,6 +146,31 @@ class Trace(TorchDispatchMode):
             self._ids.pop(id(tensor), None)
         else:
             self._ids[id(tensor)] = compact(ids)
+
+    def write(self, destination: Tensor, ids: Tensor | None) -> None:
+        """Ids of a tensor that was written in place, perhaps only a part of its storage."""
+        storage = destination.untyped_storage()
+        numel = storage.nbytes() // destination.element_size()
+        if destination.numel() == numel and storage._cdata not in self._canvases:
+            self.set_ids(destination, ids)
+            return
+        if storage._cdata not in self._canvases:
+            canvas = torch.full((numel,), NONE)
+            for key, known in self._ids.items():
+                tensor = self._alive[key]
+                if tensor.untyped_storage()._cdata == storage._cdata:
+                    part = canvas.as_strided(tensor.shape, tensor.stride(), tensor.storage_offset())
+                    part.copy_(known.expand(tensor.shape))
+            self._canvases[storage._cdata] = canvas
+        self._alive[id(destination)] = destination
+        self._ids.pop(id(destination), None)
+        part = self._canvases[storage._cdata].as_strided(
+            destination.shape, destination.stride(), destination.storage_offset()
+        )
+        part.copy_(torch.full((1,), NONE) if ids is None else ids.expand(destination.shape))
+
+    def _on_canvas(self, tensor: Tensor) -> bool:
+        return not tensor.is_meta and tensor.untyped_storage()._cdata in self._canvases
 
     def set_view(self, tensor: Tensor, view: ParameterView) -> None:
         self._alive[id(tensor)] = tensor
@@ -152,11 +190,36 @@ class Trace(TorchDispatchMode):
         call = Call(function, dict(zip(names, args, strict=False)) | (kwargs or {}), result)
         if any(self._followed(tensor) for tensor in call.tensors):
             self._apply_rule(self, call)
+            self._mark_opaque(call)
         return result
+
+    def _mark_opaque(self, call: Call) -> None:
+        if any(self.is_opaque(tensor) or self.ids(tensor) is not None for tensor in call.tensors):
+            for result in call.results:
+                if self.ids(result) is None and id(result) not in self._views:
+                    self._opaque.add(id(result))
+                    self._alive[id(result)] = result
+                else:
+                    self._opaque.discard(id(result))
+
+    def summary(self, tensor: Tensor) -> Tensor | None:
+        """Of a tensor with one number for each head: the lowest neuron that went into each, compact."""
+        found = self._summaries.get(id(tensor))
+        return None if found is None else compact(self.record.find(found))
+
+    def set_summary(self, tensor: Tensor, lowest: Tensor) -> None:
+        self._alive[id(tensor)] = tensor
+        self._summaries[id(tensor)] = lowest
+
+    def is_opaque(self, tensor: Tensor) -> bool:
+        """Whether a tensor depends on neurons that could not be followed to it."""
+        return id(tensor) in self._opaque
 
     def _followed(self, tensor: Tensor) -> bool:
         key = id(tensor)
-        return key in self._ids or key in self._views or key in self._inputs or key in self._buffers
+        known = key in self._ids or key in self._views or key in self._inputs or key in self._buffers
+        known = known or key in self._opaque
+        return known or (bool(self._canvases) and self._on_canvas(tensor))
 
 
 @contextmanager
@@ -203,8 +266,13 @@ def trace(model: nn.Module, arguments: tuple, keywords: Mapping[str, Any]) -> Tr
 
 
 def output_tensors(output: Any) -> list[Tensor]:
-    """The floating-point tensors of a model's output, whatever containers they are in."""
-    if hasattr(output, "to_tuple"):
+    """The floating-point tensors of a model's output, whatever containers they are in.
+
+    Of an output that has logits, only these and the loss: hidden states beside them (an encoder's) are by-products.
+    """
+    if isinstance(output, Mapping) and output.get("logits") is not None:
+        output = {name: output[name] for name in ("loss", "logits") if output.get(name) is not None}
+    elif hasattr(output, "to_tuple"):
         output = output.to_tuple()
     return [leaf for leaf in tree_leaves(output) if isinstance(leaf, Tensor) and leaf.is_floating_point()]
 
