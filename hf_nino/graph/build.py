@@ -29,9 +29,13 @@ from .structure import (
 )
 from .symmetry import propose
 from .trace import Trace, trace
+from .twin import verified_by_twin
 from .verify import PermutationTest
 
 logger = logging.get_logger(__name__)
+
+LARGE = 300_000_000
+"""Parameters beyond which a model is traced without its weights."""
 
 ROLE_TYPES = {Role.QUERY: EdgeType.QUERY, Role.KEY: EdgeType.KEY, Role.VALUE: EdgeType.VALUE}
 
@@ -44,7 +48,9 @@ def build_graph(model: nn.Module, example_inputs: Any = None, *, verify: bool = 
         example_inputs: what one call gets: a dict of keyword arguments, a tuple of arguments, or one argument.  Made
             up when ``None`` for transformers models that take ``input_ids`` or ``pixel_values``.
         verify: test every proposed permutation on random weights (needs two more copies of the parameters, for the
-            time of the test) and give private neurons to what fails.  Without it, nothing is proven.
+            time of the test) and give private neurons to what fails.  Without it, nothing is proven.  Models on the
+            meta device or with more than 300 million parameters are traced without their weights, and what holds for
+            a narrow twin of them (:mod:`hf_nino.graph.twin`) counts as verified.
 
     Returns:
         The graph; ``graph.report`` says what is private, refuted or shared.
@@ -57,16 +63,20 @@ def build_graph(model: nn.Module, example_inputs: Any = None, *, verify: bool = 
         raise ValueError(
             f"`model` must have a trainable floating-point parameter, but {type(model).__name__} has none"
         )
+    sizes = [parameter.numel() for parameter in model.parameters()]
+    hollow = sum(sizes) > LARGE or any(parameter.is_meta for parameter in model.parameters())
     arguments, keywords = split_inputs(model, example_inputs)
     try:
-        traced = trace(model, arguments, keywords)
+        traced = trace(model, arguments, keywords, hollow)
     except Exception as error:
         raise ValueError(
             f"`model` must run on `example_inputs`, but one forward pass of {type(model).__name__} failed with "
             f"{type(error).__name__}: {error}"
         ) from error
     graph = Builder(traced, trainable, aliases(model)).graph()
-    if verify:
+    if verify and hollow:
+        graph = verified_by_twin(model, graph)
+    elif verify:
         graph = verified(graph, PermutationTest(model, arguments, keywords, graph))
     for line in graph.report:
         logger.info(line)
@@ -241,8 +251,7 @@ class Builder:
                 name += f" ({names[name]})"
             start = self.offsets[number]
             nodes = self.nodes[by_group[start : start + self.group_sizes[number]]]
-            reasons = dict.fromkeys(reason for node in nodes if (reason := record.pin_reason(node)))
-            pinned = "; ".join(reasons) or None
+            pinned = "; ".join(record.pin_reasons_of(nodes)) or None
             described.append(NeuronGroup(name, int(self.group_sizes[number]), made_by[0].kind, pinned))
         return described
 

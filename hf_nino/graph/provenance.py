@@ -173,9 +173,10 @@ class Record:
     def is_lost(self, ids: Tensor) -> bool:
         return bool(self._lost[self._roots(ids)].any())
 
-    def pin_reason(self, neuron: int) -> str | None:
-        number = self._pin[neuron]
-        return self.pin_reasons[number - 1] if number else None
+    def pin_reasons_of(self, neurons: np.ndarray) -> list[str]:
+        """Why some of these representatives are pinned, in the order of their first occurrence."""
+        numbers, first = np.unique(self._pin[neurons], return_index=True)
+        return [self.pin_reasons[n - 1] for n in numbers[np.argsort(first)] if n]
 
     def pinned(self, ids: Tensor) -> np.ndarray:
         return self._pin[self._roots(ids)] > 0

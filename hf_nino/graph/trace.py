@@ -17,10 +17,12 @@ from __future__ import annotations
 from collections.abc import Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.func import functional_call
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map_only
@@ -81,9 +83,10 @@ class Trace(TorchDispatchMode):
     Args:
         model: its parameters (and the running statistics of its normalisations) are followed.
         inputs: tensors that are data; what is read from them becomes pinned input neurons.
+        parameters: what takes the place of the model's parameters during the pass, by name.
     """
 
-    def __init__(self, model: nn.Module, inputs: Any) -> None:
+    def __init__(self, model: nn.Module, inputs: Any, parameters: Mapping[str, Tensor] | None = None) -> None:
         super().__init__()
         from .operators import apply_rule
 
@@ -102,8 +105,7 @@ class Trace(TorchDispatchMode):
         self._inputs = {id(leaf) for leaf in tree_leaves(inputs) if isinstance(leaf, Tensor)}
         self._alive.update({id(leaf): leaf for leaf in tree_leaves(inputs) if isinstance(leaf, Tensor)})
         self.shapes: dict[str, tuple[int, ...]] = {}
-        self._storages: dict[int, tuple[str, int]] = {}
-        for name, tensor in model.named_parameters():
+        for name, tensor in (parameters or dict(model.named_parameters())).items():
             self._register(name, tensor)
         self._buffers = {id(buffer): (name, buffer) for name, buffer in model.named_buffers()}
 
@@ -185,7 +187,7 @@ class Trace(TorchDispatchMode):
         self._inputs.add(id(tensor))
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        result = function(*args, **(kwargs or {}))
+        result = run_hollow(function, args, kwargs or {})
         names = [argument.name for argument in function._schema.arguments]
         call = Call(function, dict(zip(names, args, strict=False)) | (kwargs or {}), result)
         if any(self._followed(tensor) for tensor in call.tensors):
@@ -249,15 +251,49 @@ def quiet_forward(model: nn.Module):
             module.training = flag
 
 
-def trace(model: nn.Module, arguments: tuple, keywords: Mapping[str, Any]) -> Trace:
+def run_hollow(function: Any, args: tuple, kwargs: Mapping[str, Any]) -> Any:
+    """Run an operator; where a parameter without values meets an activation, make up the result's values.
+
+    Where neurons come from depends on shapes, on constants and on a router's choices, not on the weights.
+    """
+    tensors = [leaf for leaf in tree_leaves((args, dict(kwargs))) if isinstance(leaf, Tensor)]
+    if not any(tensor.is_meta for tensor in tensors):
+        return function(*args, **kwargs)
+    if all(tensor.is_meta for tensor in tensors):
+        # There is nothing to move to another device.
+        return function(*args, **{name: value for name, value in kwargs.items() if name != "device"})
+    to_meta = partial(tree_map_only, Tensor, lambda tensor: tensor.to("meta"))
+    result = function(*to_meta(args), **to_meta(dict(kwargs)))
+    if function._schema.is_mutable:
+        return args[0]
+    return tree_map_only(Tensor, _make_up, result)
+
+
+def _make_up(tensor: Tensor) -> Tensor:
+    """Values for a meta tensor: random numbers, or zeros where they are no floating-point numbers."""
+    if tensor.is_floating_point():
+        return torch.randn(tensor.shape).to(tensor.dtype)
+    return torch.zeros(tensor.shape, dtype=tensor.dtype)
+
+
+def trace(model: nn.Module, arguments: tuple, keywords: Mapping[str, Any], hollow: bool = False) -> Trace:
     """Run ``model(*arguments, **keywords)`` once and return what was recorded.
 
     Neurons that reach the model's output are pinned: a caller knows them by position.
+
+    Args:
+        hollow: leave the parameters' values out (:func:`run_hollow`); for models that are large or on the meta device.
     """
+    parameters = None
+    if hollow:
+        parameters = {name: torch.empty_like(p, device="meta") for name, p in model.named_parameters()}
     with quiet_forward(model):
-        mode = Trace(model, (arguments, dict(keywords)))
+        mode = Trace(model, (arguments, dict(keywords)), parameters)
         with mode:
-            output = model(*arguments, **keywords)
+            if parameters is None:
+                output = model(*arguments, **keywords)
+            else:
+                output = functional_call(model, parameters, arguments, dict(keywords))
     for leaf in output_tensors(output):
         ids = mode.ids(leaf)
         if ids is not None:
