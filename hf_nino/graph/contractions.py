@@ -304,7 +304,7 @@ def convolve(trace: Trace, call: Call) -> None:
                 target[group * per_out : (group + 1) * per_out], part_out, taps if small else None,
             )  # fmt: skip
         if groups > 1:
-            record.pin(torch.cat([sources, target]), "convolved in groups")
+            record.pin(torch.cat([sources, target]), "convolved in groups", lost=True)
         shape = [1] * result.dim()
         shape[1] = total
         trace.set_ids(result, target.view(shape).expand(result.shape))

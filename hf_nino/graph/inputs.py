@@ -2,14 +2,31 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import inspect
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_map_only
+from transformers.utils import logging
+
+from .media import media, pixels
+from .trace import quiet_forward
+
+logger = logging.get_logger(__name__)
 
 SEQUENCE_LENGTH = 8
 """Long enough for positions to differ; no axis of a network depends on it."""
+
+TOKENS_PER_EXPERT = 8
+"""Tokens that an expert gets on average, so that a router reaches all of a few."""
+
+EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
+EXPERTS_PER_TOKEN = ("num_experts_per_tok", "num_experts_per_token", "moe_k", "moe_topk", "top_k_experts")
+
+LONGEST = 32
+"""Bound on what mixtures of experts ask for; experts beyond it follow the pattern of those that were reached."""
 
 
 def split_inputs(model: nn.Module, example_inputs: Any) -> tuple[tuple, dict[str, Any]]:
@@ -39,39 +56,179 @@ def _transformers_inputs(model: nn.Module) -> dict[str, Any]:
             f"`example_inputs` must be given for a {type(model).__name__}, which does not say what it takes: "
             "pass what one call of the model gets: a tensor, a tuple of arguments or a dict of keyword arguments"
         )
-    if main == "pixel_values":
-        text = config.get_text_config() if hasattr(config, "get_text_config") else config
-        inputs: dict[str, Any] = {"pixel_values": _pixels(getattr(config, "vision_config", text), inner)}
-    elif main == "input_ids":
-        inputs = {"input_ids": _tokens(inner, config)}
+    takes = set(inspect.signature(inner.forward).parameters)
+    device = next(inner.parameters()).device
+    device = torch.device("cpu") if device.type == "meta" else device
+    inputs: dict[str, Any] = {}
+    if (main == "pixel_values" and main in takes) or (main == "inputs" and "Image" in type(inner).__name__):
+        inputs[main] = pixels(config, inner)
+        if "spatial_shapes" in takes:
+            inputs |= _patches(getattr(config, "vision_config", config))
+        if "input_ids" in takes:
+            inputs["input_ids"] = _tokens(inner, config, main)
+    elif main in ("input_ids", "inputs"):
+        inputs[main] = _tokens(inner, config, main)
     else:
         raise ValueError(
             f"`example_inputs` must be given for a {type(model).__name__}, whose main input is {main!r}: "
             "pass a dict of keyword arguments for one call of the model"
         )
-    if getattr(config, "is_encoder_decoder", False):
-        inputs["decoder_input_ids"] = _tokens(inner, config)
+    if getattr(config, "is_encoder_decoder", False) and "decoder_input_ids" in takes:
+        inputs["decoder_input_ids"] = _tokens(inner, config, "decoder_input_ids")
+    if "lang_ids" in takes and hasattr(config, "languages"):
+        # Each language has adapters of its own: one row of the batch for each.
+        inputs = {name: x.expand(len(config.languages), -1) for name, x in inputs.items()}
+        inputs["lang_ids"] = torch.arange(len(config.languages))
+    if main == "input_ids" and "decoder_input_ids" not in takes and _attends_elsewhere(inner):
+        width = getattr(config, "cross_attention_hidden_size", None) or getattr(config, "hidden_size", 1)
+        states = torch.randn(1, SEQUENCE_LENGTH, width, generator=_generator())
+        ways = {"encoder_hidden_states": states, "encoder_outputs": (states,)}
+        inputs |= next(({name: value} for name, value in ways.items() if name in takes), {})
+    if "global_attention_mask" in takes:
+        inputs["global_attention_mask"] = torch.zeros_like(inputs["input_ids"])
+        inputs["global_attention_mask"][:, 0] = 1
+    if "entity_ids" in takes:
+        # Two entities, which the first four tokens mention.
+        inputs["entity_ids"] = torch.tensor([[1, 2]])
+        inputs["entity_position_ids"] = torch.tensor([[[0, 1], [2, 3]]])
+    if "bbox" in takes and getattr(config, "visual_embed", False):
+        inputs["pixel_values"] = pixels(config, inner)
+    if "bbox" in takes:
+        inputs["bbox"] = _boxes(config, inputs["input_ids"].shape[1])
     # A cache would be one more output, which pins keys and values.
-    return inputs | ({"use_cache": False} if hasattr(config, "use_cache") else {})
+    inputs |= {"use_cache": False} if hasattr(config, "use_cache") else {}
+    fuller = BY_TYPE.get(getattr(config, "model_type", None), media)(inner, config, inputs, takes)
+    # A model may need still more than an image or a sound; it is then traced on text alone.
+    complete = fuller if fuller.keys() == inputs.keys() or _runs(inner, fuller) else inputs
+    return tree_map_only(Tensor, lambda x: x.to(device), complete)
 
 
-def _tokens(model: nn.Module, config: Any) -> Tensor:
-    vocabulary = model.get_input_embeddings().num_embeddings
-    text = config.get_text_config() if hasattr(config, "get_text_config") else config
-    limit = getattr(text, "max_position_embeddings", None) or SEQUENCE_LENGTH
-    length = max(1, min(SEQUENCE_LENGTH, limit))
-    generator = torch.Generator().manual_seed(0)
-    tokens = torch.randint(0, vocabulary, (1, length), generator=generator)
-    padding = getattr(text, "pad_token_id", None)
-    if padding is not None and vocabulary > 2:
-        tokens[tokens == padding] = (padding + 1) % vocabulary
-    return tokens.to(model.get_input_embeddings().weight.device)
+def _runs(model: nn.Module, inputs: dict[str, Any]) -> bool:
+    device = next(model.parameters()).device
+    try:
+        with quiet_forward(model):
+            model(**tree_map_only(Tensor, lambda x: x.to(device), inputs))
+    except Exception as error:
+        logger.info(f"{type(model).__name__} is traced on text alone: {type(error).__name__}: {error}")
+        return False
+    return True
 
 
-def _pixels(config: Any, model: nn.Module) -> Tensor:
-    size = getattr(config, "image_size", 32)
-    height, width = (size, size) if isinstance(size, int) else tuple(size)
-    channels = getattr(config, "num_channels", 3)
-    parameter = next(model.parameters())
-    generator = torch.Generator().manual_seed(0)
-    return torch.randn(1, channels, height, width, generator=generator).to(parameter.device, parameter.dtype)
+def _attends_elsewhere(model: nn.Module) -> bool:
+    """Whether a decoder without its encoder has weights for what the encoder would say."""
+    names = ("encoder_attn", "crossattention", "cross_attn")
+    return any(name.rsplit(".", 1)[-1] in names for name, _ in model.named_modules())
+
+
+def _generator() -> torch.Generator:
+    return torch.Generator().manual_seed(0)
+
+
+def _text(config: Any) -> Any:
+    return config.get_text_config() if hasattr(config, "get_text_config") else config
+
+
+def _vocabulary(model: nn.Module, config: Any) -> int:
+    """Number of tokens, or of characters where embeddings are hashed."""
+    try:
+        embedding = model.get_input_embeddings()
+    except NotImplementedError:
+        embedding = None
+    found = getattr(embedding, "num_embeddings", None) or getattr(_text(config), "vocab_size", None)
+    return found or 256
+
+
+def _length(config: Any) -> int:
+    """Tokens of a sequence: more where experts are to be reached or attention is sparse by blocks."""
+    text = _text(config)
+    length = SEQUENCE_LENGTH
+    experts, chosen = (_first_int(text, names) for names in (EXPERTS, EXPERTS_PER_TOKEN))
+    length = max(length, min(LONGEST, TOKENS_PER_EXPERT * experts // max(1, chosen)))
+    if getattr(text, "attention_type", None) == "block_sparse":
+        # Shorter sequences switch to full attention for good.
+        length = (6 + 2 * text.num_random_blocks) * text.block_size
+    limit = getattr(text, "max_position_embeddings", None)
+    return min(length, limit) if isinstance(limit, int) and limit > 0 else length
+
+
+def _first_int(config: Any, names: tuple[str, ...]) -> int:
+    return next((n for name in names if isinstance(n := getattr(config, name, None), int)), 0)
+
+
+def _special_tokens(config: Any) -> Iterator[int]:
+    """Tokens with a meaning (padding, image, audio), which would call for more inputs."""
+    for part in {id(c): c for c in (config, _text(config))}.values():
+        for name, value in vars(part).items():
+            if name.endswith(("_token_id", "_token_index")):
+                yield from value if isinstance(value, (list, tuple)) else [value]
+
+
+def _tokens(model: nn.Module, config: Any, name: str) -> Tensor:
+    vocabulary = _vocabulary(model, config)
+    special = {token for token in _special_tokens(config) if isinstance(token, int)}
+    plain = torch.tensor([token for token in range(vocabulary) if token not in special] or range(vocabulary))
+    tokens = plain[torch.randint(0, len(plain), (1, _length(config)), generator=_generator())]
+    end = getattr(config, "eos_token_id", None)
+    if name == "input_ids" and getattr(config, "is_encoder_decoder", False) and isinstance(end, int):
+        # Classifiers of this family read the state of the last token that ends a sentence.
+        tokens[:, -1] = end
+    return tokens
+
+
+def _patches(vision: Any) -> dict[str, Tensor]:
+    """Images as flattened patches, each image with a shape of its own."""
+    side = max(2, int(vision.num_patches**0.5))
+    values = torch.randn(1, side * side, vision.num_channels * vision.patch_size**2, generator=_generator())
+    return {
+        "pixel_values": values,
+        "pixel_attention_mask": torch.ones(1, side * side, dtype=torch.int64),
+        "spatial_shapes": torch.tensor([[side, side]]),
+    }
+
+
+def _boxes(config: Any, length: int) -> Tensor:
+    """One box (x0, y0, x1, y1) for each token, corners in order."""
+    limit = min(1000, getattr(config, "max_2d_position_embeddings", 1000) - 1)
+    corners = torch.randint(0, limit, (1, length, 2, 2), generator=_generator()).sort(dim=2).values
+    return corners.flatten(2)
+
+
+def _codebooks(model: nn.Module, config: Any, inputs: dict[str, Any], takes: set[str]) -> dict[str, Any]:
+    """One row of tokens for each codebook of one sample."""
+    return inputs | {"input_ids": inputs["input_ids"].repeat(config.num_codebooks, 1)}
+
+
+def _image_states(model: nn.Module, config: Any, inputs: dict[str, Any], takes: set[str]) -> dict[str, Any]:
+    """States of an image encoder that is not part of the model."""
+    states = torch.randn(1, SEQUENCE_LENGTH, config.hidden_size, generator=_generator())
+    return inputs | {"cross_attention_states": states}
+
+
+def _streamed_speech(model: nn.Module, config: Any, inputs: dict[str, Any], takes: set[str]) -> dict[str, Any]:
+    """Sound as long as the text: its encoder halves the frames, and its projector joins ``downsample_factor``."""
+    frames = 2 * config.downsample_factor * inputs["input_ids"].shape[1]
+    features = torch.randn(1, config.audio_config.num_mel_bins, frames, generator=_generator())
+    return inputs | {"input_features": features}
+
+
+def _shared_keys(model: nn.Module, config: Any, inputs: dict[str, Any], takes: set[str]) -> dict[str, Any]:
+    """What an assistant gets from the model that it assists: its states, and keys and values by kind of layer."""
+    text, length = _text(config), inputs["input_ids"].shape[1]
+    shared = {}
+    for number, kind in enumerate(text.layer_types):
+        layer = text.per_layer_config[number]
+        pair = torch.randn(2, 1, layer.num_key_value_heads, length, layer.head_dim, generator=_generator())
+        shared[kind] = (pair[0], pair[1])
+    states = torch.randn(1, length, 2 * config.backbone_hidden_size, generator=_generator())
+    return {"inputs_embeds": states, "shared_kv_states": shared}
+
+
+BY_TYPE: Mapping[str, Callable[[nn.Module, Any, dict[str, Any], set[str]], dict[str, Any]]] = {
+    "gemma4_assistant": _shared_keys,
+    "gemma4_unified_assistant": _shared_keys,
+    "mllama_text_model": _image_states,
+    "musicgen_decoder": _codebooks,
+    "musicgen_melody_decoder": _codebooks,
+    "voxtral_realtime": _streamed_speech,
+}
+"""What some types take instead: functions of the model, its configuration, inputs so far and names of arguments."""

@@ -7,21 +7,18 @@ of the call's results.  Contractions, which is where most edges come from, are i
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from dataclasses import replace
 
 import torch
 from torch import Tensor
 
-from . import contractions
-from .experts import are_slices, unite_rows, unite_slices
-from .meetings import add_rows, forget, input_neurons, join, one_allocation, pointwise_parameter, promote, replace_ids
+from . import contractions, placements  # noqa: F401 (placements registers rules)
+from .experts import are_slices, unite_slices
+from .meetings import forget, input_neurons, join, one_allocation, pointwise_parameter, promote
 from .provenance import NONE, compact, varying
+from .registry import RULES, aligned, register, uniform
 from .structure import EdgeType
 from .trace import Call, ParameterView, Trace, on_cpu
-
-Rule = Callable[[Trace, Call], None]
-RULES: dict[str, Rule] = {}
 
 KEEP = ("alias", "clone", "contiguous", "detach", "_to_copy", "lift_fresh", "view_as", "to")
 """Operators whose result has the same elements in the same places."""
@@ -54,17 +51,11 @@ def apply_rule(trace: Trace, call: Call) -> None:
     rule = RULES.get(name)
     if rule is None and torch.Tag.pointwise in call.function.tags:
         rule = pointwise
-    (rule or opaque)(trace, call)
-
-
-def register(*names: str) -> Callable[[Rule], Rule]:
-    """Make a function the rule of the named operators."""
-
-    def decorate(rule: Rule) -> Rule:
-        RULES.update(dict.fromkeys(names, rule))
-        return rule
-
-    return decorate
+    try:
+        (rule or opaque)(trace, call)
+    except (RuntimeError, IndexError, AttributeError, TypeError, ValueError) as error:
+        # A trace never fails where the model runs: what a rule did not foresee is pinned and forgotten.
+        forget(trace, call, f"the rule of {call.name} failed ({type(error).__name__})")
 
 
 @register(*KEEP)
@@ -168,6 +159,7 @@ def _same_neurons(trace: Trace, first: Tensor, second: Tensor) -> bool:
     return first.equal(second) or not one_allocation(trace, first[first >= 0], second[second >= 0])
 
 
+@register("hardswish", "hardswish_", "hardsigmoid", "hardsigmoid_", "hardtanh", "hardtanh_", "log_sigmoid_forward")
 @register("masked_fill", "masked_fill_", "where", "type_as", "clamp_", "clamp_min_", "addcmul_", "lerp", "nan_to_num_")
 def pointwise(trace: Trace, call: Call) -> None:
     """Elementwise operators: neurons that meet become one, parameters become edges, varying constants pin."""
@@ -177,7 +169,7 @@ def pointwise(trace: Trace, call: Call) -> None:
     active = [tensor for tensor in tensors if trace.ids(tensor) is not None]
     if views and not active:
         plain = [t for t in tensors if trace.view(t) is None]
-        if len(views) == 1 and all(_uniform(tensor) for tensor in plain) and views[0].shape == result.shape:
+        if len(views) == 1 and all(uniform(tensor) for tensor in plain) and views[0].shape == result.shape:
             trace.set_view(result, trace.view(views[0]))
             return
         # A parameter meets data or another parameter: one of them has to be the activation.
@@ -189,13 +181,13 @@ def pointwise(trace: Trace, call: Call) -> None:
             active, views = [views[0]], views[1:]
     if not active:
         summaries = [t for t in tensors if trace.summary(t) is not None]
-        if len(summaries) == 1 and all(t is summaries[0] or _uniform(t) for t in tensors):
+        if len(summaries) == 1 and all(t is summaries[0] or uniform(t) for t in tensors):
             trace.set_summary(result, trace.summary(summaries[0]))
         return
     dims = result.dim()
-    ids = _aligned(trace.ids(active[0]), dims)
+    ids = aligned(trace.ids(active[0]), dims)
     for other in active[1:]:
-        ids = join(trace, ids, _aligned(trace.ids(other), dims))
+        ids = join(trace, ids, aligned(trace.ids(other), dims))
     for constant in tensors:
         if trace.view(constant) is None and trace.ids(constant) is None:
             _pin_by_constant(trace, ids, constant, result.shape)
@@ -204,16 +196,6 @@ def pointwise(trace: Trace, call: Call) -> None:
         ids = pointwise_parameter(trace, ids, trace.view(view), result.shape, multiplies)
     for out in (result, *others):
         trace.set_ids(out, ids.expand(out.shape))
-
-
-def _aligned(ids: Tensor, dims: int) -> Tensor:
-    """Leading dimensions of size 1, as broadcasting adds them."""
-    return ids.reshape((1,) * (dims - ids.dim()) + tuple(ids.shape))
-
-
-def _uniform(tensor: Tensor) -> bool:
-    """Whether all elements are equal."""
-    return tensor.numel() <= 1 or (not tensor.is_meta and bool((tensor == tensor.flatten()[0]).all()))
 
 
 def _pin_by_constant(trace: Trace, ids: Tensor, constant: Tensor, shape: torch.Size) -> None:
@@ -314,97 +296,6 @@ def pad(trace: Trace, call: Call) -> None:
         trace.set_ids(result, padding)
     else:
         trace.set_ids(result, small.expand(result.shape))
-
-
-@register("embedding")
-def embedding(trace: Trace, call: Call) -> None:
-    """A row of the table for each index: rows are pinned, columns are fresh neurons."""
-    table, index = call.arguments["weight"], call.arguments["indices"]
-    if (view := trace.view(table)) is None:
-        opaque(trace, call)
-        return
-    if trace.is_input(index):
-        edge_type, reason = EdgeType.TOKEN_EMBEDDING, "token"
-    elif _uniform(index):
-        edge_type, reason = EdgeType.OTHER, "row of an embedding"
-    else:
-        edge_type, reason = EdgeType.POSITION_EMBEDDING, "position"
-    ids = add_rows(trace, view, edge_type, reason)
-    trace.set_ids(call.results[0], ids.expand(call.results[0].shape))
-
-
-@register("index")
-def index(trace: Trace, call: Call) -> None:
-    """Indexing moves ids; indexing rows of a parameter (relative position tables) is an embedding."""
-    table = call.tensors[0]
-    if (view := trace.view(table)) is not None:
-        indices = call.arguments["indices"]
-        if len(indices) == 1 and view.shadow.dim() == 2 and indices[0] is not None:
-            ids = add_rows(trace, view, EdgeType.OTHER, "row of a table")
-            trace.set_ids(call.results[0], ids.expand(call.results[0].shape))
-        else:
-            forget(trace, call, "a parameter is indexed in a way that has no rule")
-    elif (ids := trace.full_ids(table)) is not None:
-        indices = [None if x is None else x.cpu() for x in call.arguments["indices"]]
-        trace.set_ids(call.results[0], torch.ops.aten.index.Tensor(ids.contiguous(), indices))
-    elif trace.is_input(table):
-        trace.mark_input(call.results[0])
-
-
-@register("index_add", "index_add_", "scatter_add", "scatter_add_", "index_put", "index_put_", "scatter_reduce")
-def gather_sums(trace: Trace, call: Call) -> None:
-    """Rows added into rows (what experts say, back at their tokens): neurons meet as in a sum."""
-    destination, result = call.tensors[0], call.results[0]
-    source = next((call.arguments[name] for name in ("source", "src", "values") if name in call.arguments), None)
-    if trace.view(source) is not None:
-        promote(trace, source, EdgeType.OTHER)
-    ids = [x for x in (trace.ids(destination), trace.ids(source)) if x is not None]
-    if trace.ids(source) is not None and ids[-1].dim() == result.dim():
-        ids[-1] = unite_rows(trace, ids[-1], int(call.arguments.get("dim", 0)) % result.dim())
-    if any(x.dim() != result.dim() or not contractions.fits(x, result) for x in ids):
-        forget(trace, call, f"operator {call.name} along neurons")
-        return
-    trace.set_ids(result, None if not ids else (ids[0] if len(ids) == 1 else join(trace, *ids)).expand(result.shape))
-
-
-@register("view_as_complex")
-def view_as_complex(trace: Trace, call: Call) -> None:
-    """Two neurons become one number (rotary embeddings); they stay pinned and remember each other."""
-    ids = trace.full_ids(call.tensors[0])
-    if ids is not None:
-        real, imaginary = ids.unbind(-1)
-        trace.record.pin(ids, "rotated as complex numbers")
-        trace.record.complex_pairs.append((real.flatten(), imaginary.flatten()))
-        trace.set_ids(call.results[0], real)
-
-
-@register("view_as_real")
-def view_as_real(trace: Trace, call: Call) -> None:
-    """The inverse of :func:`view_as_complex`."""
-    real = trace.full_ids(call.tensors[0])
-    if real is not None:
-        imaginary = real
-        for first, second in trace.record.complex_pairs:
-            imaginary = replace_ids(imaginary, trace.record.find(first), trace.record.find(second))
-        trace.set_ids(call.results[0], torch.stack([real, imaginary], dim=-1))
-
-
-@register("gather", "take_along_dim")
-def gather(trace: Trace, call: Call) -> None:
-    """What is gathered along neurons depends on the data (a router's choice) and belongs to none."""
-    ids, (result, *_) = trace.ids(call.tensors[0]), call.results
-    if ids is not None and call.arguments.get("dim", 0) % result.dim() not in varying(ids):
-        trace.set_ids(result, ids.expand(result.shape) if contractions.fits(ids, result) else None)
-
-
-@register("copy_")
-def copy(trace: Trace, call: Call) -> None:
-    """The destination takes over the source's neurons."""
-    destination, source = call.tensors[:2]
-    if trace.view(source) is not None:
-        promote(trace, source, EdgeType.OTHER)
-    ids = trace.ids(source)
-    trace.write(destination, None if ids is None else _aligned(ids, destination.dim()))
 
 
 @register("native_layer_norm", "_fused_rms_norm", "rms_norm", "native_batch_norm",

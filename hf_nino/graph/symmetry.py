@@ -63,7 +63,11 @@ def propose(
         lost: whether a node could not be followed any further, bool [N]; a head with such a node is left out.
     """
     lost = np.zeros_like(pinned) if lost is None else lost
-    stars = _partitions(stars, group_of)
+    kept = _partitions(stars, group_of)
+    # Experts that share their units cannot be told from here: their routers stay where they are.
+    left_out = [head for (head, _), (still, _) in zip(stars, kept, strict=True) if len(still) < len(head)]
+    pinned = pinned | np.isin(np.arange(len(pinned)), np.concatenate([*left_out, np.empty(0, dtype=np.int64)]))
+    stars = kept
     per_head, per_channel, alone = _sort_shared(shared, stars)
     per_channel += alone
     gates, per_gate, of_no_head = _sort_shared(coarse, stars)

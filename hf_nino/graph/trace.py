@@ -229,14 +229,17 @@ def quiet_forward(model: nn.Module):
     """Evaluation mode, eager attention, plain mathematics and no gradients; everything is put back afterwards."""
     training = {module: module.training for module in model.modules()}
     fast_path = torch.backends.mha.get_fastpath_enabled()
-    changed = []
+    configs = {id(module.config): module.config for module in model.modules() if hasattr(module, "config")}
+    kinds = ("attn", "experts")
+    names = [f"_{kind}_implementation_internal" for kind in kinds]
+    before = [
+        (config, name, vars(config)[name]) for config in configs.values() for name in names if name in vars(config)
+    ]
     try:
         model.eval()
-        for kind in ("attn", "experts"):
-            before = getattr(getattr(model, "config", None), f"_{kind}_implementation", None)
-            if before not in (None, "eager") and hasattr(model, f"set_{kind}_implementation"):
-                changed.append((kind, before))
-                getattr(model, f"set_{kind}_implementation")("eager")
+        for kind in kinds:
+            if getattr(getattr(model, "config", None), f"_{kind}_implementation", None) not in (None, "eager"):
+                getattr(model, f"set_{kind}_implementation", lambda _: None)("eager")
         torch.backends.mha.set_fastpath_enabled(False)
         with ExitStack() as stack:
             stack.enter_context(torch.no_grad())
@@ -245,8 +248,8 @@ def quiet_forward(model: nn.Module):
             yield
     finally:
         torch.backends.mha.set_fastpath_enabled(fast_path)
-        for kind, before in changed:
-            getattr(model, f"set_{kind}_implementation")(before)
+        for config, name, value in before:
+            setattr(config, name, value)
         for module, flag in training.items():
             module.training = flag
 
