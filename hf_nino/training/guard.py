@@ -10,6 +10,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+# A move below this share of the parameter's size (and of 1 per element) is rounding: a bias before a batch norm.
+STILL = 1e-7
+
 # A tensor may go this many times as far as its fastest interval of the history, times the horizon.
 LIMIT = 10.0
 
@@ -25,8 +28,8 @@ class Verdict:
     Attributes:
         accepted: whether the prediction may be written.
         reason: why not: the parameter, what was found and the rule; empty when accepted.
-        unmoved: parameters that did not move at all during the history.  Nothing can be foreseen about them, so they
-            are left alone.
+        unmoved: parameters that did not move during the history, but for rounding.  Nothing can be foreseen about
+            them, so they are left alone.
         step_norm: Euclidean norm of (prediction - last state) over all parameters that moved; nan when refused for
             its shape.
         relative_step_norm: the same over the norm of the last state.
@@ -87,7 +90,7 @@ def judge(
         if len(states) == 1:
             allowed = limit * max(norm, model_rms * root)
             rule = f"{limit:g} times the parameter's size"
-        elif move == 0:
+        elif move <= STILL * (norm + root):
             continue
         else:
             allowed = limit * horizon * move + 1e-5 * (norm + root)
@@ -95,7 +98,11 @@ def judge(
         if jump > allowed:
             return Verdict(False, f"the step of {name!r} has norm {jump:.3g}, more than {allowed:.3g} ({rule})")
 
-    still = (name for name, move in zip(names, moves, strict=True) if move == 0)
+    still = (
+        name
+        for name, norm, move in zip(names, sizes, moves, strict=True)
+        if move <= STILL * (norm + math.sqrt(numbers[name]))
+    )
     unmoved = frozenset(still) if len(states) > 1 else frozenset()
     step = math.hypot(*(jump for name, jump in zip(names, jumps, strict=True) if name not in unmoved))
     return Verdict(True, unmoved=unmoved, step_norm=step, relative_step_norm=step / size if size > 0 else math.inf)

@@ -87,3 +87,18 @@ def test_a_small_parameter_may_move_as_the_model_does():
     """With one snapshot, a parameter that happens to be near zero does not veto the nowcast."""
     history = [{"a": torch.ones(10, 10), "gate": torch.tensor([1e-6])}]
     assert judge(history, {"a": torch.ones(10, 10), "gate": torch.tensor([0.5])}, 1).accepted
+
+
+@pytest.mark.parametrize(("move", "still"), [(1e-9, True), (1e-5, False)])
+def test_a_parameter_that_only_rounds_vetoes_nothing(move, still):
+    """A bias before a batch norm has no gradient and moves by rounding: it is left alone, whatever is predicted.
+
+    A parameter that moves by a small learning rate is judged as all others.
+    """
+    history = states()
+    for i, state in enumerate(history):
+        state["b"] = torch.ones(4) + move * i
+    prediction = line(history, 2) | {"b": history[-1]["b"] + 0.02}
+    verdict = judge(history, prediction, 2)
+    assert verdict.accepted is still
+    assert ("b" in verdict.unmoved) is still
