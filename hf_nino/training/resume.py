@@ -151,6 +151,6 @@ class Resumable:
         self._drop(reason)
         self.nowcasts = self.rejected = self.skipped_steps = 0
         self.seconds = 0.0
-        self._warmup_end = None
+        self.outlook.warmup_end = None
         self.step_count = self.step_count if global_step is None else global_step
         return False

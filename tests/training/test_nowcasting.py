@@ -206,6 +206,29 @@ def test_nothing_happens_while_the_learning_rate_rises():
         assert [event.step for event in nowcasting.events] == expected
 
 
+def test_the_warm_up_of_another_run_is_forgotten_with_its_state(tmp_path):
+    """State that does not fit the parameters is dropped whole; the run looks for the end of its own warm-up."""
+    model = mlp()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    rising = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: min(step / 15, 1.0))
+    before = Nowcasting(Line(), model, period=PERIOD, max_steps=24, lr_scheduler=rising)
+    before.begin(0, optimizer)
+    assert before.outlook.warmup_end == 15
+    before.save(tmp_path)
+
+    for changed, expected in ((False, 15), (True, 0)):
+        model = mlp()
+        if changed:
+            with torch.no_grad():
+                next(model.parameters()).add_(1.0)
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+        constant = torch.optim.lr_scheduler.ConstantLR(optimizer, 1.0)
+        nowcasting = Nowcasting(Line(), model, period=PERIOD, max_steps=24, lr_scheduler=constant)
+        assert nowcasting.load(tmp_path)
+        nowcasting.begin(0, optimizer)
+        assert nowcasting.outlook.warmup_end == expected
+
+
 def test_the_budget_shortens_the_horizon_at_the_end_of_a_run():
     """Without a scheduler, and 12 steps to go, 6 intervals of 2 steps are left: fewer than the nowcaster's most; at
     the end none, and the parameters stay."""
