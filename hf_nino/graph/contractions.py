@@ -225,8 +225,7 @@ def _star(trace: Trace, heads: Tensor, channels: Tensor) -> None:
 
 
 def weighted_sum(trace: Trace, weights: Tensor, values: Tensor, result: Tensor) -> Tensor | None:
-    """Attention weights times values: each head's output channels are its value channels, or copies where heads share
-    them.
+    """Attention weights times values: a head's output channels are its value channels, or copies of shared ones.
 
     Args:
         weights: compact ids of [..., positions, positions], the heads.

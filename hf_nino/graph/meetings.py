@@ -97,8 +97,7 @@ def pointwise_parameter(trace: Trace, ids: Tensor, view: ParameterView, shape: t
 
     One node for the parameter, or one for each row where it also varies along other dimensions (positions), has an
     edge to each neuron.  A parameter shared by several neurons (a norm over each head's channels) gets neurons of its
-    own, from
-    which constant edges lead to those that share it: one edge is one parameter.
+    own, from which constant edges lead to those that share it: one edge is one parameter.
     """
     record = trace.record
     shadow = view.shadow.reshape((1,) * (len(shape) - view.shadow.dim()) + tuple(view.shadow.shape))

@@ -3,8 +3,7 @@
 Every tensor of the forward pass carries one of two kinds of provenance:
 
 * a *view* of a parameter, as a shadow of the same shape and strides on the meta device, so that transposing, slicing
-and
-  splitting weights needs no rule at all: the shadow's strides say which element is where;
+  and splitting weights needs no rule at all: the shadow's strides say which element is where;
 * *neuron ids*, an int64 tensor of the same shape (kept with size 1 along dimensions where the ids do not change).
 
 Movement operators run on ids and shadows as they are; pointwise operators, contractions, convolutions, normalisations
