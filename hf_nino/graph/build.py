@@ -326,15 +326,14 @@ class Builder:
         report = list(dict.fromkeys(self.record.notes))
         blocks += self._private_blocks(blocks, report)
         node = self._node
-        together = [(node(a.numpy()), node(b.numpy())) for a, b in self._known(self.record.ties + self.record.repeats)]
-        stars = [(node(a.numpy()), node(b.numpy())) for a, b in self._known(self.record.stars)]
-        shared = [(node(a.numpy()), node(b.numpy())) for a, b in self._known(self.record.shared)]
-        coarse = [(node(a.numpy()), node(b.numpy())) for a, b in self._known(self.record.coarse)]
-        confined = [node(a.numpy()) for a, _ in self._known([(ids, ids) for ids in self.record.confined])]
+        record = self.record
+        together, stars = self._node_pairs(record.ties + record.repeats), self._node_pairs(record.stars)
+        shared, coarse = self._node_pairs(record.shared), self._node_pairs(record.coarse)
+        confined = [nodes for nodes, _ in self._node_pairs([(ids, ids) for ids in record.confined])]
         pinned = np.zeros(sum(group.size for group in self.groups), dtype=bool)
-        pinned[node(self.nodes)] = self.record.pinned_flags(self.nodes)
+        pinned[node(self.nodes)] = record.pinned_flags(self.nodes)
         lost = np.zeros_like(pinned)
-        lost[node(self.nodes)] = self.record.lost_flags(self.nodes)
+        lost[node(self.nodes)] = record.lost_flags(self.nodes)
         group_of = np.repeat(np.arange(len(self.groups)), [group.size for group in self.groups])
         pinned |= np.array([group.kind == "private" for group in self.groups])[group_of]
         names = [group.name for group in self.groups]
@@ -349,15 +348,14 @@ class Builder:
             aliases=self.aliases,
         )
 
-    def _known(self, pairs: list[tuple[Tensor, Tensor]]) -> list[tuple[Tensor, Tensor]]:
-        """Pairs both of whose neurons are in the graph."""
-        known = []
+    def _node_pairs(self, pairs: list[tuple[Tensor, Tensor]]) -> list[tuple[np.ndarray, np.ndarray]]:
+        """Pairs of ids as nodes, without those that are not in the graph."""
+        found = []
         for first, second in pairs:
-            valid = torch.from_numpy(
-                (self.group_of[self.root[first.numpy()]] >= 0) & (self.group_of[self.root[second.numpy()]] >= 0)
-            )
-            known.append((first[valid], second[valid]))
-        return known
+            a, b = first.numpy(), second.numpy()
+            known = (self.group_of[self.root[a]] >= 0) & (self.group_of[self.root[b]] >= 0)
+            found.append((self._node(a[known]), self._node(b[known])))
+        return found
 
     def _private_blocks(self, blocks: list[EdgeBlock], report: list[str]) -> list[EdgeBlock]:
         """Blocks with neurons of their own for every element of a trainable parameter that lies on no edge."""

@@ -311,9 +311,7 @@ def convolve(trace: Trace, call: Call) -> None:
         shape = [1] * result.dim()
         shape[1] = bias_view.shadow.shape[0]
         bias_view = bias_view.with_shadow(bias_view.shadow.view(shape))
-        trace.set_ids(
-            result, pointwise_parameter(trace, trace.ids(result), bias_view, result.shape, False).expand(result.shape)
-        )
+        pointwise_parameter(trace, trace.ids(result), bias_view, result.shape, multiplies=False)
 
 
 def _convolution_sources(trace: Trace, source: Tensor, ids: Tensor | None, taps: int, name: str) -> Tensor:

@@ -92,8 +92,8 @@ def replace_ids(ids: Tensor, old: Tensor, new: Tensor) -> Tensor:
     return torch.where(old[order][place] == ids, new[order][place], ids)
 
 
-def pointwise_parameter(trace: Trace, ids: Tensor, view: ParameterView, shape: torch.Size, multiplies: bool) -> Tensor:
-    """A gain, bias or table of positions acting elementwise on neurons; returns the result's ids.
+def pointwise_parameter(trace: Trace, ids: Tensor, view: ParameterView, shape: torch.Size, multiplies: bool) -> None:
+    """A gain, bias or table of positions acting elementwise on neurons, which stay the same neurons.
 
     One node for the parameter, or one for each row where it also varies along other dimensions (positions), has an
     edge to each neuron.  A parameter shared by several neurons (a norm over each head's channels) gets neurons of its
@@ -129,7 +129,6 @@ def pointwise_parameter(trace: Trace, ids: Tensor, view: ParameterView, shape: t
     first = add_use(trace, view, edge_type, source, row_elements, target, column_elements)
     if first is not target:
         record.ties.append((target, first))
-    return ids
 
 
 def _parameter_nodes(trace: Trace, view: ParameterView, count: int, edge_type: EdgeType) -> Tensor:

@@ -193,7 +193,7 @@ def pointwise(trace: Trace, call: Call) -> None:
             _pin_by_constant(trace, ids, constant, result.shape)
     multiplies = call.name.removeprefix("aten::") in MULTIPLIES
     for view in views:
-        ids = pointwise_parameter(trace, ids, trace.view(view), result.shape, multiplies)
+        pointwise_parameter(trace, ids, trace.view(view), result.shape, multiplies)
     for out in (result, *others):
         trace.set_ids(out, ids.expand(out.shape))
 
@@ -324,7 +324,7 @@ def normalisation(trace: Trace, call: Call) -> None:
     if name == "native_group_norm" and call.arguments["group"] != 1:
         trace.record.pin(ids, "normalised in groups of channels")
     for view, multiplies in views:
-        ids = pointwise_parameter(trace, ids, view, result.shape, multiplies)
+        pointwise_parameter(trace, ids, view, result.shape, multiplies)
     trace.set_ids(result, ids.expand(result.shape))
 
 

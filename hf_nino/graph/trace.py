@@ -16,7 +16,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
-from functools import partial
+from functools import cached_property, partial
 from typing import Any
 
 import torch
@@ -67,11 +67,11 @@ class Call:
     def name(self) -> str:
         return self.function._schema.name
 
-    @property
+    @cached_property
     def tensors(self) -> list[Tensor]:
         return [leaf for leaf in tree_leaves(self.arguments) if isinstance(leaf, Tensor)]
 
-    @property
+    @cached_property
     def results(self) -> list[Tensor]:
         return [leaf for leaf in tree_leaves(self.result) if isinstance(leaf, Tensor)]
 
