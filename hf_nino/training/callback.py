@@ -86,6 +86,8 @@ class NiNoCallback(TrainerCallback):
     ) -> None:
         # Anew at every call: `train()` may be called again, and batch-size retries may come with a new model.
         self.pending.clear()
+        if self.nowcasting is not None:
+            self.nowcasting.history.close()
         self.nowcasting = Nowcasting(
             self.nowcaster, model, max_steps=state.max_steps, lr_scheduler=lr_scheduler, **self.options
         )
@@ -123,7 +125,7 @@ class NiNoCallback(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         self.resume_from = None
-        self.nowcasting.history.clear()
+        self.nowcasting.history.close()
         counts = f"{self.nowcasting.nowcasts} nowcasts, {self.nowcasting.rejected} rejected"
         self._write(args, state, f"NiNo: {counts}, {self.nowcasting.seconds:.1f} s spent on them.")
 

@@ -1,25 +1,15 @@
-"""Snapshots: where they live, in which dtype, and how they are saved."""
+"""The snapshots before a nowcast: in which order, and how they are saved.  Where they live is :mod:`storage`'s."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
+from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from .parameters import Signature
-
-
-def as_dtype(dtype: torch.dtype | str) -> torch.dtype:
-    """``torch.float32`` from ``"float32"``.
-
-    Raises:
-        ValueError: no floating-point dtype of this name.
-    """
-    found = getattr(torch, dtype, None) if isinstance(dtype, str) else dtype
-    if not isinstance(found, torch.dtype) or not found.is_floating_point:
-        raise ValueError(f"`history_dtype` must be a floating-point dtype, such as 'float32', got {dtype!r}")
-    return found
+from .storage import WITH_MODEL, Snapshot, as_dtype, make_place
 
 
 class History:
@@ -27,21 +17,29 @@ class History:
 
     Args:
         context: snapshots it holds when full.
-        dtype: dtype of the snapshots.  float32 keeps the small moves between two states of a bfloat16 model apart.
-        device: ``"cpu"``, ``"model"`` (each snapshot where its parameter is) or any torch device.
+        dtype: dtype of the snapshots: float32 (or float64) keeps the small moves between two states of a bfloat16
+            model apart; bfloat16 and float16 take half the memory and round each state, to about 3 and 4 digits.
+        device: where they live: ``"cpu"``, ``"model"`` or ``"device"`` (each snapshot where its parameter is),
+            ``"disk:PATH"`` (a folder, see :class:`hf_nino.training.disk.DiskPlace`) or any torch device.
+
+    Raises:
+        ValueError: a bad argument, or a folder in which nothing can be written.
     """
 
-    def __init__(self, context: int, dtype: torch.dtype | str = torch.float32, device: str = "cpu") -> None:
+    def __init__(
+        self, context: int, dtype: torch.dtype | str = torch.float32, device: str | torch.device = "cpu"
+    ) -> None:
         if context < 1:
             raise ValueError(f"`context` must be at least 1 snapshot, got {context}")
         self.context = context
         self.dtype = as_dtype(dtype)
-        self.device = device
-        self._states: list[dict[str, Tensor]] = []
+        self.device = str(device)
+        self._place = make_place(device, self.dtype)
+        self._snapshots: list[Snapshot] = []
         self._steps: list[int] = []
 
     def __len__(self) -> int:
-        return len(self._states)
+        return len(self._snapshots)
 
     @property
     def full(self) -> bool:
@@ -53,11 +51,18 @@ class History:
         return list(self._steps)
 
     def states(self) -> list[dict[str, Tensor]]:
-        """The snapshots, oldest first: {name: tensor}."""
-        return list(self._states)
+        """The snapshots, oldest first: {name: tensor}; to be read only, before the next :meth:`append`.
 
-    def append(self, snapshot: Mapping[str, Tensor], step: int) -> None:
-        """Keep ``snapshot``, taken after optimizer step ``step``.
+        Raises:
+            OSError: a snapshot could not be written to the disk, or is gone from it.
+        """
+        return [snapshot.tensors() for snapshot in self._snapshots]
+
+    def append(self, state: Mapping[str, Tensor], step: int) -> None:
+        """Take a snapshot of ``state``, as it is now, after optimizer step ``step``.
+
+        Returns before the copy has arrived where that is possible.  A disk that fails is only noticed by
+        :meth:`states` and :meth:`files`.
 
         Raises:
             ValueError: the history is full, or ``step`` is not later than the last one.
@@ -66,31 +71,48 @@ class History:
             raise ValueError(f"the history holds {self.context} snapshots and is full; clear it before appending")
         if self._steps and step <= self._steps[-1]:
             raise ValueError(f"`step` must be later than that of the last snapshot, {self._steps[-1]}, got {step}")
-        self._states.append(dict(snapshot))
+        self._snapshots.append(self._place.keep(state, step))
         self._steps.append(step)
 
     def clear(self) -> None:
         """Forget all snapshots."""
-        self._states.clear()
+        for snapshot in self._snapshots:
+            snapshot.release()
+        self._snapshots.clear()
         self._steps.clear()
+
+    def close(self) -> None:
+        """Forget all snapshots and give back what they took, files included; it may be used again."""
+        self.clear()
+        self._place.close()
+
+    def files(self) -> list[Path]:
+        """The files of the snapshots, oldest first, each whole; empty unless they live on the disk.
+
+        Raises:
+            OSError: a snapshot could not be written.
+        """
+        files = (snapshot.file() for snapshot in self._snapshots)
+        return [file for file in files if file is not None]
 
     def to_safetensors(self) -> dict[str, Tensor]:
         """{``"{position}/{name}"``: tensor}, ready for ``safetensors.torch.save_file``."""
-        return {f"{i}/{name}": tensor for i, state in enumerate(self._states) for name, tensor in state.items()}
+        return {f"{i}/{name}": tensor for i, state in enumerate(self.states()) for name, tensor in state.items()}
 
     def load(
         self, tensors: Mapping[str, Tensor], steps: list[int], signature: Signature, like: Mapping[str, Tensor]
     ) -> None:
-        """Restore what :meth:`to_safetensors` gave.
+        """Restore what :meth:`to_safetensors` gave, wherever that history lived.
 
         Args:
             tensors: {``"{position}/{name}"``: tensor}.
             steps: step of each snapshot.
             signature: what the snapshots must fit: names and shapes.
-            like: {name: tensor} whose devices are used with ``device="model"``.
+            like: {name: tensor} whose devices are used where snapshots live with their parameters.
 
         Raises:
             ValueError: too many snapshots, missing or unexpected names, another shape.  The history is empty then.
+            OSError: a snapshot could not be written to the disk.
         """
         self.clear()
         if len(steps) > self.context:
@@ -100,15 +122,15 @@ class History:
         if tensors.keys() != expected:
             odd = sorted(tensors.keys() ^ expected)
             raise ValueError(f"snapshots must hold exactly the trainable parameters; missing or unexpected: {odd[:3]}")
-        states: list[dict[str, Tensor]] = []
         for i in range(len(steps)):
-            state = {}
             for name, shape in shapes.items():
-                tensor = tensors[f"{i}/{name}"]
-                if tuple(tensor.shape) != shape:
-                    raise ValueError(f"snapshot {i} of {name!r} must have shape {shape}, found {tuple(tensor.shape)}")
-                device = like[name].device if self.device == "model" else self.device
-                state[name] = tensor.to(device=device, dtype=self.dtype)
-            states.append(state)
-        for state, step in zip(states, steps, strict=True):
+                found = tuple(tensors[f"{i}/{name}"].shape)
+                if found != shape:
+                    raise ValueError(f"snapshot {i} of {name!r} must have shape {shape}, found {found}")
+        with_model = self.device in WITH_MODEL
+        for i, step in enumerate(steps):
+            state = {name: tensors[f"{i}/{name}"] for name in shapes}
+            if with_model:
+                state = {name: tensor.to(like[name].device) for name, tensor in state.items()}
             self.append(state, step)
+            self.files()  # waits for the disk, which is no news here

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from transformers.utils import logging
 
 from ..nowcaster.base import Nowcaster
+from .announcement import Announcement
 from .event import NowcastEvent
 from .guard import InvalidNowcast, Verdict, judge
 from .history import History
@@ -62,8 +63,9 @@ class Nowcasting(Resumable):
         stop_step: no nowcast after this step.
         max_steps: length of the run in optimizer steps, if known.
         lr_scheduler: the run's scheduler; may be set later.  Without it the learning rate is taken to be constant.
-        history_device: where snapshots live: ``"cpu"``, ``"model"`` or a torch device.
-        history_dtype: their dtype.
+        history_device: where snapshots live: ``"cpu"``, ``"model"`` or ``"device"`` (with the parameters),
+            ``"disk:PATH"`` (files in a folder, written while training goes on) or a torch device.
+        history_dtype: their dtype: ``"float32"``, ``"float64"``, ``"bfloat16"`` or ``"float16"``.
         on_invalid: ``"skip"`` a nowcast that fails or that the guard refuses (it is logged), or ``"raise"``.
         graph: the model's neural graph; built from the model when the nowcaster needs one.
         example_inputs: passed on to ``NeuralGraph.from_model``; or a function without arguments that returns them,
@@ -76,6 +78,8 @@ class Nowcasting(Resumable):
         rejected: nowcasts that failed or were refused.
         seconds: spent on snapshots and nowcasts.
         events: what happened so far in this process.
+        announcement: its ``estimate`` is what nowcasting costs, once the first steps have been timed; logged once, as
+            a warning above 5% of training time.
 
     Raises:
         ValueError: a bad argument, or a model whose parameters cannot be written (see
@@ -95,7 +99,7 @@ class Nowcasting(Resumable):
         stop_step: int | None = None,
         max_steps: int | None = None,
         lr_scheduler: Any = None,
-        history_device: str = "cpu",
+        history_device: str | torch.device = "cpu",
         history_dtype: torch.dtype | str = torch.float32,
         on_invalid: str = "skip",
         graph: Any = None,
@@ -139,6 +143,7 @@ class Nowcasting(Resumable):
         self.graph = graph
         if self.nowcaster.has_memory:
             self.nowcaster.load_memory({})  # the object may come from another run
+        self.announcement = Announcement(self.nowcaster, self.interval)
         if any(dtype in ("torch.bfloat16", "torch.float16") for _, _, dtype in self._signature):
             self._say_once(
                 "Parameters are kept in 16 bits without a float32 copy: small moves, of the optimizer and of nowcasts "
@@ -192,6 +197,8 @@ class Nowcasting(Resumable):
             self.outlook.find_warmup(self.step_count, optimizer, scheduler_stepped)
         self.step_count = self.step_count + 1 if global_step is None else global_step
         step = self.step_count
+        if self.enabled:
+            self.announcement.tick(self)
         if not self.enabled or step < self._first_step:
             return None
         if self.stop_step is not None and step > self.stop_step:
@@ -246,7 +253,7 @@ class Nowcasting(Resumable):
             self._forget()
             return False
         started = time.perf_counter()
-        self.history.append(self.store.snapshot(self.history.device, self.history.dtype), self.step_count)
+        self.history.append(self.store.live(), self.step_count)
         self.seconds += time.perf_counter() - started
         self.outlook.record(optimizer)
         return True
@@ -288,16 +295,17 @@ class Nowcasting(Resumable):
         if horizon < 1:
             seconds = time.perf_counter() - started
             return NowcastEvent(step, 0, 0, seconds, reason="the learning rate that is left allows no interval")
-        states = self.history.states()
         error: Exception | None = None
         prediction: dict[str, Tensor] = {}
         try:
+            states = self.history.states()
             with preserved_rng(), torch.no_grad():
                 prediction = self.nowcaster.nowcast(self.graph, states, horizon)
             verdict = judge(states, prediction, horizon)
         except Exception as caught:
             error = caught
-            verdict = Verdict(False, f"{type(self.nowcaster).__name__} failed ({type(caught).__name__}: {caught})")
+            who = "the history" if isinstance(caught, OSError) else type(self.nowcaster).__name__
+            verdict = Verdict(False, f"{who} failed ({type(caught).__name__}: {caught})")
         accepted = self.store.agree(verdict.accepted)
         reason = verdict.reason or ("" if accepted else "another rank refused it")
         common = {"step": step, "horizon": horizon, "horizon_steps": horizon * self.interval}

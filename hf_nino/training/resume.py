@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from typing import Any
 
+from torch import Tensor
 from transformers.utils import logging
 
 from ..nowcaster.base import Nowcaster
@@ -40,9 +41,19 @@ class Resumable:
         self.outlook.clear()
 
     def state_dict(self) -> dict[str, Any]:
-        """``{"state": what JSON can hold, "tensors": {name: tensor}}``; everything that an exact resume needs."""
+        """``{"state": what JSON can hold, "tensors": {name: tensor}}``; everything that an exact resume needs.
+
+        Raises:
+            OSError: a snapshot is to be on the disk and is not.
+        """
+        return {"state": self._state(), "tensors": self.history.to_safetensors() | self._memory()}
+
+    def _memory(self) -> dict[str, Tensor]:
         memory = self.nowcaster.memory() if self.nowcaster.has_memory else {}
-        state = {
+        return {f"memory/{name}": tensor for name, tensor in memory.items()}
+
+    def _state(self) -> dict[str, Any]:
+        return {
             "step": self.step_count,
             "skipped_steps": self.skipped_steps,
             "nowcasts": self.nowcasts,
@@ -59,8 +70,6 @@ class Resumable:
             "signature": signature_hash(self.store.signature()),
             "fingerprint": self.store.fingerprint(),
         }
-        tensors = self.history.to_safetensors() | {f"memory/{name}": tensor for name, tensor in memory.items()}
-        return {"state": state, "tensors": tensors}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> bool:
         """Restore what :meth:`state_dict` gave, before the first step.
@@ -106,9 +115,23 @@ class Resumable:
         return True
 
     def save(self, directory: str | os.PathLike) -> None:
-        """Write ``nino_history.safetensors`` and ``nino_state.json`` into ``directory``; on rank 0 only under DDP."""
-        state_dict = self.state_dict()
-        write_checkpoint(directory, state_dict["state"], state_dict["tensors"])
+        """Write ``nino_history.safetensors`` and ``nino_state.json`` into ``directory``; on rank 0 only under DDP.
+
+        Snapshots on the disk are linked (or copied) beside them.  If the disk failed them, a warning says so and the
+        checkpoint holds everything else.
+        """
+        state, tensors, files = self._state(), self._memory(), []
+        try:
+            files = self.history.files()
+            if not files:
+                tensors |= self.history.to_safetensors()
+        except OSError as error:
+            logger.warning(
+                f"Snapshots could not be written to {self.history.device} ({type(error).__name__}: {error}); the "
+                "checkpoint is saved without them, and a run resumed from it warms up."
+            )
+            state |= {"snapshot_steps": [], "learning_rates": []}
+        write_checkpoint(directory, state, tensors, files)
 
     def load(self, directory: str | os.PathLike) -> bool:
         """Restore what :meth:`save` wrote.

@@ -15,6 +15,7 @@ from ..nowcaster.base import Nowcaster
 from .callback import NiNoCallback
 from .horizon import Horizon
 from .nowcasting import ON_INVALID, Nowcasting
+from .storage import as_dtype, check_place
 
 NO_NOWCASTER = "none"
 
@@ -51,7 +52,13 @@ class NiNoArguments:
     nowcast_start_step: int = field(default=0, metadata={"help": "No snapshot up to this step."})
     nowcast_stop_step: int | None = field(default=None, metadata={"help": "No nowcast after this step."})
     nowcast_history_device: str = field(
-        default="cpu", metadata={"help": "Where snapshots live: 'cpu', 'model' (with the parameters) or a device."}
+        default="cpu",
+        metadata={
+            "help": "Where snapshots live: 'cpu', 'model' (with the parameters), 'disk:PATH' (a folder) or a device."
+        },
+    )
+    nowcast_history_dtype: str = field(
+        default="float32", metadata={"help": "Dtype of snapshots: 'float32', 'float64', 'bfloat16' or 'float16'."}
     )
     nowcast_on_invalid: str = field(
         default="skip", metadata={"help": "What to do with a nowcast that fails or is refused: 'skip' it or 'raise'."}
@@ -63,6 +70,8 @@ class NiNoArguments:
 
     def __post_init__(self) -> None:
         Horizon(self.nowcast_horizon)
+        check_place(self.nowcast_history_device)
+        as_dtype(self.nowcast_history_dtype)
         if self.nowcast_on_invalid not in ON_INVALID:
             raise ValueError(f"`nowcast_on_invalid` must be one of {ON_INVALID}, got {self.nowcast_on_invalid!r}")
         for name in ("nowcast_period", "nowcast_interval"):
@@ -117,6 +126,7 @@ class NiNoTrainerMixin:
             start_step=settings["nowcast_start_step"],
             stop_step=settings["nowcast_stop_step"],
             history_device=settings["nowcast_history_device"],
+            history_dtype=settings["nowcast_history_dtype"],
             on_invalid=settings["nowcast_on_invalid"],
             measure=self._nowcast_loss if measures else None,
             example_inputs=self._nowcast_inputs,

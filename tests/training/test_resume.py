@@ -198,6 +198,43 @@ def test_a_raw_loop_resumes_exactly_from_every_step(looped, name):
         assert all(same(state, whole.states[s]) for s, state in loop.states.items()), f"resumed after step {step}"
 
 
+@pytest.mark.parametrize("name", ["line", "memory"])
+def test_snapshots_may_move_between_host_and_disk(looped, tmp_path, name):
+    """Saved with snapshots on the disk and resumed with them in memory, or the other way round, or on the disk both
+    times: every later state is the same."""
+    folder, whole = looped[name]
+    make, period = NOWCASTERS[name]
+    disk = {"history_device": f"disk:{tmp_path / 'history'}"}
+    saved = RawLoop(make(), period=period, **disk)
+    saved.run(MAX_STEPS, save=tmp_path)
+    for step in range(1, MAX_STEPS):
+        for source, options in ((tmp_path, {}), (folder, disk), (tmp_path, disk)):
+            loop = RawLoop(make(), period=period, **options)
+            assert loop.load(source / str(step))
+            loop.run(MAX_STEPS)
+            assert all(same(state, whole.states[s]) for s, state in loop.states.items()), f"resumed after step {step}"
+
+
+@pytest.mark.parametrize("links", [True, False])
+def test_a_checkpoint_has_the_snapshot_files_themselves(tmp_path, monkeypatch, links):
+    """Snapshots on the disk are second names of the same files, or copies where there are no links; each checkpoint
+    stays whole when the run goes on, and an older one in the same folder leaves nothing behind."""
+    if not links:
+        monkeypatch.setattr("os.link", lambda *paths: (_ for _ in ()).throw(OSError(18, "Invalid cross-device link")))
+    loop = RawLoop(Line(), history_device=f"disk:{tmp_path / 'history'}")
+    loop.run(4, save=tmp_path)
+    files = sorted(path.name for path in (tmp_path / "4").glob("nino_snapshot_*"))
+    assert files == ["nino_snapshot_2.safetensors", "nino_snapshot_4.safetensors"]
+    assert all((tmp_path / "4" / name).stat().st_nlink == (4 if "2" in name else 2) for name in files) is links
+    saved = {name: (tmp_path / "4" / name).read_bytes() for name in files}
+    loop.run(9)
+    loop.save(tmp_path / "3")
+    assert {name: (tmp_path / "4" / name).read_bytes() for name in files} == saved
+    assert [path.name for path in (tmp_path / "3").glob("nino_snapshot_*")] == ["nino_snapshot_8.safetensors"]
+    assert not list(tmp_path.glob("*/*.tmp"))
+    assert RawLoop(Line()).load(tmp_path / "3") and RawLoop(Line()).load(tmp_path / "4")
+
+
 @pytest.mark.parametrize("name", NOWCASTERS)
 def test_all_state_survives_a_round_trip(looped, name):
     """What was loaded would be saved again as it was: every number, and every tensor bit for bit."""
@@ -278,6 +315,40 @@ def _other_step(folder):
     return RawLoop(Line())
 
 
+def _on_disk(spoil):
+    """A checkpoint of a run with snapshots on the disk, whose second snapshot file is spoilt."""
+
+    def change(folder):
+        loop = RawLoop(Line(), history_device=f"disk:{folder.parent / 'history'}")
+        loop.run(5, save=folder.parent)
+        spoil(folder / "nino_snapshot_4.safetensors")
+        return RawLoop(Line())
+
+    return change
+
+
+def _cut(path):
+    path.write_bytes(path.read_bytes()[:-20])
+
+
+def _flip(path):
+    data = bytearray(path.read_bytes())
+    data[-10] ^= 4
+    path.write_bytes(data)
+
+
+def _earlier(path):
+    shutil.copyfile(path.with_name("nino_snapshot_2.safetensors"), path)
+
+
+def _elsewhere(folder):
+    loop = _on_disk(lambda path: None)(folder)
+    state = json.loads((folder / FILES[1]).read_text())
+    names = [f"../5/{name}" for name in state["snapshot_files"]]
+    (folder / FILES[1]).write_text(json.dumps(state | {"snapshot_files": names}))
+    return loop
+
+
 def _other_tensors(folder):
     tensors = load_file(folder / FILES[0])
     tensors["0/0.weight"] = torch.zeros(1)
@@ -298,6 +369,11 @@ def _other_tensors(folder):
         (_half_state, "learning_rates"),
         (_other_step, "not saved together"),
         (_other_tensors, "must have shape"),
+        (_on_disk(_cut), "nino_snapshot_4.safetensors is torn"),
+        (_on_disk(_flip), "nino_snapshot_4.safetensors is torn"),
+        (_on_disk(Path.unlink), "nino_snapshot_4.safetensors is torn"),
+        (_on_disk(_earlier), "nino_snapshot_4.safetensors is of step 2, not 4"),
+        (_elsewhere, "snapshot_files"),
     ],
 )
 def test_a_state_that_does_not_fit_is_dropped_with_one_warning(tmp_path, caplog, change, reason):

@@ -1,0 +1,1 @@
+"""What the commands of ``hf-nino`` do, apart from reading their options."""

@@ -1,0 +1,105 @@
+"""Says once, early in a run, what nowcasting costs."""
+
+from __future__ import annotations
+
+import copy
+import os
+import time
+from typing import TYPE_CHECKING
+
+import torch
+from transformers.utils import logging
+
+from ..nowcaster.base import Nowcaster
+from .estimate import TOO_MUCH, Estimate, calibrate, estimate, synchronize
+
+if TYPE_CHECKING:
+    from .nowcasting import Nowcasting
+
+logger = logging.get_logger(__name__)
+
+# The first steps are slow: compilation, autotuning, data loaders that start.
+SKIPPED = 3
+# Steps that are timed: as many as an interval has, within these bounds.
+FEWEST, MOST = 5, 50
+
+
+class Announcement:
+    """Times the first steps of a run, calibrates, and logs the :class:`Estimate`; a warning above 5% of training time.
+
+    On the first rank only, and only once.  Nothing that goes wrong here reaches the run.
+
+    Args:
+        nowcaster: one with a memory has nothing in it yet; then a copy is kept until the estimate is made.
+        interval: optimizer steps between snapshots.
+    """
+
+    def __init__(self, nowcaster: Nowcaster, interval: int) -> None:
+        self.estimate: Estimate | None = None
+        self._steps = min(max(interval, FEWEST), MOST)
+        self._ticks = 0
+        self._started = self._busy = 0.0
+        self._nowcaster: Nowcaster | None = None
+        if is_first_rank():
+            try:
+                self._nowcaster = copy.deepcopy(nowcaster) if nowcaster.has_memory else nowcaster
+            except Exception as error:
+                self._give_up(error)
+
+    def tick(self, nowcasting: Nowcasting) -> None:
+        """Call at every optimizer step, before anything else is done."""
+        if self._nowcaster is None:
+            return
+        self._ticks += 1
+        if self._ticks == SKIPPED:
+            self._started, self._busy = self._now(nowcasting), nowcasting.seconds
+        elif self._ticks == SKIPPED + self._steps:
+            elapsed = self._now(nowcasting) - self._started - (nowcasting.seconds - self._busy)
+            nowcaster, self._nowcaster = self._nowcaster, None
+            try:
+                self._announce(nowcasting, nowcaster, max(elapsed, 1e-9) / self._steps)
+            except Exception as error:
+                self._give_up(error)
+
+    def _announce(self, nowcasting: Nowcasting, nowcaster: Nowcaster, seconds: float) -> None:
+        live, history = nowcasting.store.live(), nowcasting.history
+        parameters = sum(tensor.numel() for tensor in live.values())
+        settings = {"history_device": history.device, "history_dtype": history.dtype}
+        calibration = calibrate(nowcaster, parameters, device=_device(live), **settings)
+        self.estimate = estimate(
+            calibration,
+            nowcaster,
+            parameters,
+            period=nowcasting.period,
+            interval=nowcasting.interval,
+            seconds_per_step=seconds,
+            steps_are=f"measured over {self._steps} steps",
+            **settings,
+        )
+        if self.estimate.overhead <= TOO_MUCH:
+            logger.info(f"NiNo: {self.estimate}.")
+        else:
+            logger.warning(
+                f"NiNo: {self.estimate}. That is more than {TOO_MUCH:.0%}: a longer period, or a nowcaster without "
+                "weights ('linear'), costs less."
+            )
+
+    @staticmethod
+    def _now(nowcasting: Nowcasting) -> float:
+        synchronize(_device(nowcasting.store.live()))
+        return time.perf_counter()
+
+    @staticmethod
+    def _give_up(error: Exception) -> None:
+        logger.info(f"The cost of nowcasts cannot be estimated ({type(error).__name__}: {error}).")
+
+
+def is_first_rank() -> bool:
+    """Whether this process is the one that speaks for all."""
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        return torch.distributed.get_rank() == 0
+    return int(os.environ.get("RANK", "0")) == 0
+
+
+def _device(live: dict[str, torch.Tensor]) -> torch.device:
+    return next(iter(live.values())).device
