@@ -213,6 +213,112 @@ def _vit_layer(layer: int) -> list[tuple[str, int]]:
     return _encoder_layer(tuple(f"{at}.{name}" for name in inside), 24, 3, 40)
 
 
+def _gpt_neox_layer(layer: int) -> list[tuple[str, int]]:
+    at = f"gpt_neox.layers.{layer}"
+    return [
+        (f"{at}.attention.query_key_value[query+key]", 32),
+        (f"{at}.attention.query_key_value[value]", 32),
+        (f"{at}.attention.query_key_value[heads]", 4),
+        (f"{at}.attention.dense + {at}.mlp.dense_4h_to_h", 32),
+        (f"{at}.mlp.dense_h_to_4h", 48),
+    ]
+
+
+def _bloom_layer(layer: int) -> list[tuple[str, int]]:
+    at = f"transformer.h.{layer}"
+    return [
+        (f"{at}.self_attention.query_key_value[query+key]", 32),
+        (f"{at}.self_attention.query_key_value[value]", 32),
+        (f"{at}.self_attention.query_key_value[heads]", 4),
+        (f"{at}.self_attention.dense", 32),
+        (f"{at}.mlp.dense_h_to_4h", 128),
+        (f"{at}.mlp.dense_4h_to_h", 32),
+    ]
+
+
+def _falcon_layer(layer: int) -> list[tuple[str, int]]:
+    at = f"transformer.h.{layer}"
+    return [
+        (f"{at}.self_attention.query_key_value[query]", 32),
+        (f"{at}.self_attention.query_key_value[key]", 8),
+        (f"{at}.self_attention.query_key_value[value]", 8),
+        (f"{at}.self_attention.query_key_value[heads]", 4),
+        (f"{at}.self_attention.query_key_value[repeated]", 32),
+        (f"{at}.self_attention.dense + {at}.mlp.dense_4h_to_h", 32),
+        (f"{at}.mlp.dense_h_to_4h", 128),
+    ]
+
+
+def _t5_attention(at: str, *heads: tuple[str, int]) -> list[tuple[str, int]]:
+    return [(f"{at}.q + {at}.k[query+key]", 24), (f"{at}.v[value]", 24), *heads, (f"{at}.o", 32)]
+
+
+def _t5_bias(at: str) -> list[tuple[str, int]]:
+    bias = f"{at}.SelfAttention.relative_attention_bias"
+    return [(f"{bias}.weight[row]", 8), (f"{bias} + {at}.SelfAttention.q[heads]", 4)]
+
+
+def _t5_inner(at: str) -> list[tuple[str, int]]:
+    return [(f"{at}.DenseReluDense.wi", 48), (f"{at}.DenseReluDense.wo", 32)]
+
+
+def _t5() -> nn.Module:
+    config = transformers.T5Config(
+        vocab_size=61, d_model=32, d_kv=6, num_heads=4, d_ff=48, num_layers=2, num_decoder_layers=1,
+        relative_attention_num_buckets=8, decoder_start_token_id=0,
+    )  # fmt: skip
+    return transformers.T5ForConditionalGeneration(config)
+
+
+def _deepseek_v3() -> nn.Module:
+    config = transformers.DeepseekV3Config(
+        **TEXT, num_key_value_heads=4, q_lora_rank=28, kv_lora_rank=20, qk_nope_head_dim=8, qk_rope_head_dim=4,
+        v_head_dim=6, n_routed_experts=4, num_experts_per_tok=2, n_shared_experts=1, n_group=1, topk_group=1,
+        moe_intermediate_size=24, first_k_dense_replace=1,
+    )  # fmt: skip
+    return transformers.DeepseekV3ForCausalLM(config)
+
+
+def _deepseek_attention(layer: int) -> list[tuple[str, int]]:
+    at = f"model.layers.{layer}.self_attn"
+    return [
+        (f"{at}.q_a_proj", 28),
+        (f"{at}.q_b_proj + {at}.kv_b_proj[query+key]", 32),
+        (f"{at}.q_b_proj[query]", 16),
+        (f"{at}.kv_a_proj_with_mqa", 20),
+        (f"{at}.kv_a_proj_with_mqa[key]", 4),
+        (f"{at}.kv_b_proj[value]", 24),
+        (f"{at}.q_b_proj[heads]", 4),
+        (f"{at}.o_proj", 32),
+    ]
+
+
+def _convnext() -> nn.Module:
+    config = transformers.ConvNextConfig(
+        hidden_sizes=[8, 12], depths=[1, 1], num_stages=2, patch_size=4, image_size=16, num_labels=5
+    )
+    return transformers.ConvNextForImageClassification(config)
+
+
+def _convnext_layer(stage: int, width: int) -> list[tuple[str, int]]:
+    at = f"convnext.encoder.stages.{stage}.layers.0"
+    return [(f"{at}.dwconv.weight[parameter]", 49), (f"{at}.pwconv1", 4 * width), (f"{at}.pwconv2", width)]
+
+
+def _resnet() -> nn.Module:
+    config = transformers.ResNetConfig(
+        embedding_size=12, hidden_sizes=[16, 24], depths=[1, 2], layer_type="bottleneck", num_labels=5, image_size=32
+    )
+    return transformers.ResNetForImageClassification(config)
+
+
+def _resnet_layer(stage: int, layer: int, width: int) -> list[tuple[str, int]]:
+    at = f"resnet.encoder.stages.{stage}.layers.{layer}"
+    last = f"{at}.layer.2.convolution" + (f" + {at}.shortcut.convolution" if layer == 0 else "")
+    inner = [(f"{at}.layer.{number}.convolution", width // 4) for number in range(2)]
+    return [*inner, (last, width)]
+
+
 ARCHITECTURES = [
     Architecture(
         "gpt2",
@@ -306,6 +412,136 @@ ARCHITECTURES = [
         ],
         # One norm over the channels of each head, shared by all heads, has neurons of its own and binds no head.
         [(1, 32, 5), *[(2, 8, 3), (1, 48, 1)] * 2, *[(2, 2, 17), (1, 2, 50)] * 2],
+    ),
+    Architecture(
+        "gpt_neox",
+        lambda: transformers.GPTNeoXForCausalLM(transformers.GPTNeoXConfig(**TEXT, rotary_pct=0.5)),
+        [
+            ("gpt_neox.embed_in.weight[row]", 61),
+            ("gpt_neox.embed_in", 32),
+            *_gpt_neox_layer(0),
+            *_gpt_neox_layer(1),
+            ("lm_head", 61),
+        ],
+        # Attention and MLP write to the stream at once: 3 places.  Half of the channels of a head are not rotated.
+        [(1, 32, 3), *[(4, 4, 1), (4, 8, 1), (1, 48, 1)] * 2, *[(1, 4, 17)] * 2],
+        pinned=["gpt_neox.layers.0.attention.query_key_value[query+key]"],
+    ),
+    Architecture(
+        "bloom",
+        lambda: transformers.BloomForCausalLM(
+            transformers.BloomConfig(
+                vocab_size=61, hidden_size=32, n_layer=2, n_head=4, bos_token_id=1, eos_token_id=2
+            )
+        ),
+        [
+            ("transformer.word_embeddings.weight[row]", 61),
+            ("transformer.word_embeddings", 32),
+            *_bloom_layer(0),
+            *_bloom_layer(1),
+        ],
+        # Each head has a slope of its own (ALiBi): channels move within it, and no head does.
+        [(1, 32, 5), *[(4, 8, 1), (4, 8, 1), (1, 128, 1)] * 2],
+        pinned=["transformer.h.0.self_attention.query_key_value[heads]"],
+    ),
+    Architecture(
+        "falcon-multi-query",
+        lambda: transformers.FalconForCausalLM(
+            transformers.FalconConfig(
+                vocab_size=61,
+                hidden_size=32,
+                num_hidden_layers=2,
+                num_attention_heads=4,
+                bos_token_id=1,
+                eos_token_id=2,
+            )
+        ),
+        [
+            ("transformer.word_embeddings.weight[row]", 61),
+            ("transformer.word_embeddings", 32),
+            *_falcon_layer(0),
+            *_falcon_layer(1),
+        ],
+        # One key and one value for all heads, which move freely; a value channel has 4 repeats.
+        [(1, 32, 3), *[(1, 8, 5), (1, 128, 1)] * 2, *[(1, 4, 17)] * 2],
+        pinned=[
+            "transformer.h.0.self_attention.query_key_value[query]",
+            "transformer.h.0.self_attention.query_key_value[key]",
+        ],
+    ),
+    Architecture(
+        "t5",
+        _t5,
+        [
+            ("shared.weight[row]", 61),
+            ("shared", 32),
+            *_t5_attention("encoder.block.0.layer.0.SelfAttention", *_t5_bias("encoder.block.0.layer.0")),
+            *_t5_inner("encoder.block.0.layer.1"),
+            *_t5_attention("encoder.block.1.layer.0.SelfAttention"),
+            *_t5_inner("encoder.block.1.layer.1"),
+            *_t5_attention("decoder.block.0.layer.0.SelfAttention", *_t5_bias("decoder.block.0.layer.0")),
+            *_t5_attention(
+                "decoder.block.0.layer.1.EncDecAttention",
+                ("decoder.block.0.layer.1.EncDecAttention.q[heads]", 4),
+            ),
+            *_t5_inner("decoder.block.0.layer.2"),
+        ],
+        # One embedding ties the streams of encoder and decoder.  One bias for each head of all layers of the encoder
+        # ties those heads: they are one node, and move together with the channels of both layers.
+        [(1, 32, 8), *[(4, 6, 1)] * 8, *[(1, 48, 1)] * 3, (1, 4, 25), (1, 4, 13), (1, 4, 13)],
+    ),
+    Architecture(
+        "deepseek_v3",
+        _deepseek_v3,
+        [
+            ("model.embed_tokens.weight[row]", 61),
+            ("model.embed_tokens", 32),
+            *_deepseek_attention(0),
+            ("model.layers.0.mlp.gate_proj + model.layers.0.mlp.up_proj", 48),
+            ("model.layers.0.mlp.down_proj", 32),
+            *_deepseek_attention(1),
+            ("model.layers.1.mlp.gate", 4),
+            ("model.layers.1.mlp.experts", 96),
+            ("model.layers.1.mlp.experts + model.layers.1.mlp.shared_experts.down_proj", 32),
+            ("model.layers.1.mlp.shared_experts.gate_proj + model.layers.1.mlp.shared_experts.up_proj", 24),
+            ("lm_head", 61),
+        ],
+        # Latents move, the channels of a head that are not rotated within it, whole heads (8 such channels, 4 rotated
+        # queries, 6 values and the head itself) though they share the rotated key, and whole experts.
+        [
+            (1, 32, 5), *[(1, 28, 1), (1, 20, 1), (4, 8, 1), (4, 6, 1), (1, 4, 19)] * 2, (1, 48, 1), (4, 24, 1),
+            (1, 24, 1), (1, 4, 25),
+        ],  # fmt: skip
+        pinned=["model.layers.0.self_attn.kv_a_proj_with_mqa[key]"],
+    ),
+    Architecture(
+        "convnext",
+        _convnext,
+        [
+            ("convnext.embeddings.patch_embeddings[in]", 48),
+            ("convnext.embeddings.patch_embeddings", 8),
+            *_convnext_layer(0, 8),
+            ("convnext.encoder.stages.1.downsampling_layer.1", 12),
+            *_convnext_layer(1, 12),
+            ("classifier", 5),
+        ],
+        # A depthwise kernel acts on each channel of the stream alone; its 49 taps are nodes.
+        [(1, 8, 2), (1, 32, 1), (1, 12, 2), (1, 48, 1)],
+        pinned=["convnext.encoder.stages.0.layers.0.dwconv.weight[parameter]"],
+    ),
+    Architecture(
+        "resnet",
+        _resnet,
+        [
+            ("resnet.embedder.embedder.convolution[in]", 3 * 49),
+            ("resnet.embedder.embedder.convolution", 12),
+            *_resnet_layer(0, 0, 16),
+            *_resnet_layer(1, 0, 24),
+            *_resnet_layer(1, 1, 24),
+            ("classifier.1", 5),
+        ],
+        # A shortcut and what it is added to are the same fresh channels; without a shortcut there is a new place.
+        [(1, 12, 1), *[(1, 4, 1)] * 2, (1, 16, 1), *[(1, 6, 1)] * 4, (1, 24, 2)],
     ),
     Architecture(
         "perceptron",

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import itertools
 import math
 from collections import defaultdict
 from typing import Any
@@ -13,9 +12,10 @@ import torch
 from torch import Tensor, nn
 from transformers.utils import logging
 
-from .experts import merge_slices
+from .acceptance import verified
+from .experts import merge_slices, pin_choosers
 from .inputs import split_inputs
-from .provenance import ParameterUse, Role
+from .provenance import ParameterUse, Record, Role
 from .selections import Segment, segments
 from .structure import (
     ConstantEdges,
@@ -24,7 +24,6 @@ from .structure import (
     NeuralGraph,
     NeuronGroup,
     Nodes,
-    Symmetry,
     contiguous_strides,
 )
 from .symmetry import propose
@@ -95,84 +94,15 @@ def aliases(model: nn.Module) -> dict[str, str]:
     return found
 
 
-def verified(graph: NeuralGraph, test: PermutationTest) -> NeuralGraph:
-    """The graph with refuted symmetries removed, and private neurons for groups whose single neurons were refuted."""
-    refuted = test.refuted()
-    if not refuted:
-        return graph
-    private: set[int] = set()
-    report = list(graph.report)
-    offsets = torch.tensor(graph.group_offsets)
-    for symmetry in refuted:
-        touched = set((torch.searchsorted(offsets, symmetry.units.unique(), right=True) - 1).tolist())
-        if symmetry.name.startswith("neurons of"):
-            private |= touched
-            report.append(f"refuted: {symmetry.name}; their parameters get private neurons")
-        else:
-            report.append(f"refuted: {symmetry.name}; they stay where they are")
-    kept = tuple(symmetry for symmetry in graph.symmetries if symmetry not in refuted)
-    graph = dataclasses.replace(graph, symmetries=kept, report=tuple(report))
-    return privatize(graph, private) if private else graph
-
-
-def privatize(graph: NeuralGraph, private: set[int]) -> NeuralGraph:
-    """Take some groups apart: each block that touched them gets neurons of its own on that side."""
-    groups = list(graph.groups)
-    blocks = []
-    for number, block in enumerate(graph.blocks):
-        changes = {}
-        for side in ("source", "target"):
-            nodes: Nodes = getattr(block, side)
-            if nodes.group in private:
-                name = f"{block.parameter}[private {side} {number}]"
-                groups.append(NeuronGroup(name, len(nodes), "private", "refuted by the permutation test"))
-                changes[side] = Nodes(len(groups) - 1, nodes.sizes, contiguous_strides(nodes.sizes))
-        blocks.append(dataclasses.replace(block, **changes))
-    constants = [c for c in graph.constants if not {c.source.group, c.target.group} & private]
-    offsets = torch.tensor(graph.group_offsets)
-    symmetries = []
-    for symmetry in graph.symmetries:
-        moved = set((torch.searchsorted(offsets, symmetry.units.unique(), right=True) - 1).tolist())
-        if not moved & private:
-            symmetries.append(symmetry)
-    return _without_empty_groups(graph, groups, blocks, constants, symmetries)
-
-
-def _without_empty_groups(graph: NeuralGraph, groups, blocks, constants, symmetries) -> NeuralGraph:
-    """Drop groups that nothing refers to and renumber."""
-    sides = [side for edges in (*blocks, *constants) for side in (edges.source, edges.target)]
-    used = sorted({side.group for side in sides})
-    number = {old: new for new, old in enumerate(used)}
-    sizes = [group.size for group in groups]
-    old_offsets = torch.tensor([0, *itertools.accumulate(sizes)][:-1])
-    new_offsets = torch.tensor([0, *itertools.accumulate(sizes[old] for old in used)][:-1])
-
-    def renumber(nodes: Nodes) -> Nodes:
-        return dataclasses.replace(nodes, group=number[nodes.group])
-
-    def move(symmetry: Symmetry) -> Symmetry:
-        old = torch.searchsorted(old_offsets, symmetry.units, right=True) - 1
-        new = torch.tensor([number.get(group, -1) for group in range(len(groups))])[old]
-        return Symmetry(symmetry.name, symmetry.units - old_offsets[old] + new_offsets[new])
-
-    return dataclasses.replace(
-        graph,
-        groups=tuple(groups[old] for old in used),
-        blocks=tuple(dataclasses.replace(b, source=renumber(b.source), target=renumber(b.target)) for b in blocks),
-        constants=tuple(
-            dataclasses.replace(c, source=renumber(c.source), target=renumber(c.target)) for c in constants
-        ),
-        symmetries=tuple(move(symmetry) for symmetry in symmetries),
-    )
-
-
 class Builder:
     """Turns the record of a trace into frozen data."""
 
     def __init__(self, traced: Trace, trainable: set[str], tied: dict[str, str]) -> None:
         self.record, self.shapes, self.trainable, self.aliases = traced.record, traced.shapes, trainable, tied
         record = self.record
+        pin_choosers(record)
         merge_slices(record)
+        _pin_shared(record)
         root = record.find(torch.arange(record.count)).numpy()
         used = np.zeros(record.count, dtype=bool)
         for use in record.uses:
@@ -210,7 +140,7 @@ class Builder:
         roots = self.root[self.members]
         order = np.argsort(roots, kind="stable")
         sorted_roots, sorted_origins = roots[order], origin[self.members][order]
-        firsts = np.flatnonzero(np.r_[True, np.diff(sorted_roots) != 0])
+        firsts = np.flatnonzero(np.r_[len(roots) > 0, np.diff(sorted_roots) != 0])
         counts = np.diff(np.r_[firsts, len(sorted_roots)])
         index_of: dict[tuple[int, ...], int] = {}
         group = np.empty(len(self.nodes), dtype=np.int64)
@@ -231,7 +161,7 @@ class Builder:
         self.group_of[self.nodes] = group
         self.position = np.full(record.count, -1)
         by_group = np.lexsort((np.arange(len(group)), rank_of[self.nodes], group))
-        starts_of = np.r_[0, np.cumsum(self.group_sizes)[:-1]]
+        starts_of = np.cumsum(self.group_sizes) - self.group_sizes
         self.position[self.nodes[by_group]] = np.arange(len(group)) - np.repeat(starts_of, self.group_sizes)
         self.offsets = starts_of
         self.groups = self._describe(signatures, by_group)
@@ -395,6 +325,17 @@ class Builder:
             offset=sum(part.start * stride for part, stride in zip(box, strides, strict=True)),
             trainable=name in self.trainable,
         )  # fmt: skip
+
+
+def _pin_shared(record: Record) -> None:
+    """Elements of a parameter that only pinned neurons use (a norm before a rotary embedding) are pinned by them."""
+    for element, neuron in record.shared:
+        pinned = record.pinned_flags(record.find(neuron).numpy())
+        elements = record.find(element)
+        free = elements[torch.from_numpy(~pinned)]
+        still = elements[~torch.isin(elements, free)]
+        if len(still):
+            record.pin(still, "of a parameter that pinned neurons share")
 
 
 def rectangles(free: Tensor) -> list[list[slice]]:

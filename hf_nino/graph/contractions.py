@@ -7,7 +7,6 @@ channels (arXiv 2409.04434, section 3 and appendix).
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -18,6 +17,7 @@ from .meetings import (
     axis_elements,
     distinct,
     forget,
+    gains_of_weight,
     give_inputs,
     module_name,
     pointwise_parameter,
@@ -26,7 +26,8 @@ from .meetings import (
 )
 from .provenance import NONE, Role, compact, is_function, unique_pairs, varying
 from .structure import EdgeType
-from .trace import Call, ParameterView, Trace
+from .trace import Call, Trace
+from .views import ParameterView
 
 MAX_TAPS = 9
 """Kernel taps that are features of one edge (3 x 3); larger kernels make neurons of their taps (original release)."""
@@ -107,6 +108,7 @@ def linear_map(
     family = None if view.slice is None else view.parameter
     target = record.new_neurons(module_name(view.parameter), len(outputs), family=family, rank=view.slice or 0)
     target = add_use(trace, view, EdgeType.LINEAR, source, view.dim_elements(in_dim), target, outputs)
+    gains_of_weight(trace, view, {in_dim: source, out_dim: target})
     route(trace, view, source, target)
     if out_dim >= 0:
         shape = [1] * result.dim()
@@ -131,7 +133,7 @@ def batch_of_maps(
         part, out = activation[index], torch.empty(result.shape[1:], device="meta")
         if ids is not None:
             trace.set_ids(part, ids[index])
-        piece = replace(view, shadow=view.shadow[index], slice=index, slices=view.shadow.shape[0])
+        piece = view.at(index)
         linear_map(trace, part, read_dim, piece, in_dim - 1, out_dim - 1, out, result_dim - 1)
         found = trace.full_ids(out)
         if found is not None and ids is not None and not ids[0].equal(ids[-1]):
@@ -158,11 +160,22 @@ def _activations(trace: Trace, left: Tensor | None, right: Tensor | None, result
         return
     if read_left or read_right:
         record.pin(left if read_left else right, "contracted with data", lost=True)
+        if len(known) == 2:
+            _confine(trace, *((right, left) if read_left else (left, right)))
         known = [ids for ids, read in ((left, read_left), (right, read_right)) if ids is not None and not read]
     if len(known) == 2:
         trace.set_ids(result, weighted_sum(trace, left, right, result))
     else:
         trace.set_ids(result, known[0].expand(result.shape) if known and fits(known[0], result) else None)
+
+
+def _confine(trace: Trace, kept: Tensor, read: Tensor) -> None:
+    """Neurons that meet different pinned ones in a batch of products (kernels for each head) stay among themselves."""
+    batch = [dim for dim in range(kept.dim() - 2) if read.shape[dim] > 1]
+    if not batch or any(kept.shape[dim] == 1 for dim in batch):
+        return
+    rows = kept.movedim(batch, list(range(len(batch)))).flatten(0, len(batch) - 1).flatten(1)
+    trace.record.confined += [row[row >= 0].unique() for row in torch.unique(rows, dim=0)]
 
 
 def fits(ids: Tensor, result: Tensor) -> bool:
@@ -177,7 +190,13 @@ def scores(trace: Trace, query: Tensor, key: Tensor, result: Tensor) -> None:
         key: compact ids of [..., channels, positions].
     """
     record = trace.record
-    q, k = torch.broadcast_tensors(query, key.transpose(-1, -2))
+    key = key.transpose(-1, -2)
+    if query.shape[-2] > 1 and key.shape[-2] > 1:
+        for ids in (query, key):
+            record.pin(ids, "contracted along one of two axes of neurons", lost=True)
+        trace.set_ids(result, None)
+        return
+    q, k = torch.broadcast_tensors(query, key)
     a, b = unique_pairs(q, k)
     if not len(a):
         return
@@ -185,23 +204,24 @@ def scores(trace: Trace, query: Tensor, key: Tensor, result: Tensor) -> None:
     if attention:
         record.set_role(a, Role.QUERY)
         record.set_role(b, Role.KEY)
-    if is_function(a) and is_function(b):
-        if record.is_read(a) or record.is_read(b):
-            record.connect(EdgeType.RESIDUAL, a, b)
-            record.ties.append((a, b))
-        else:
-            record.unite(a, b)
-    elif is_function(a):
-        record.repeats.append((b, a))
-        record.connect(EdgeType.RESIDUAL, a, b)
+    if is_function(a):
+        _, inverse, counts = torch.unique(b, return_inverse=True, return_counts=True)
+        # Keys may be shared by heads in part (latent attention rotates one key for all).
+        single = counts[inverse] == 1
+        _meet_as_channels(trace, a[single], b[single])
+        if not bool(single.all()):
+            record.repeats.append((b[~single], a[~single]))
+            record.connect(EdgeType.RESIDUAL, a[~single], b[~single])
     else:
         record.pin(a, "contracted with several neurons", lost=True)
         record.pin(b, "contracted with several neurons", lost=True)
     if not attention:
         trace.set_ids(result, None)
         return
-    q = record.find(compact(query))
-    rows = q.expand([*result.shape[:-2], *q.shape[-2:]]).reshape(-1, q.shape[-2] * q.shape[-1])
+    # Heads may also lie along the positions of one side (relative positions in a batch of their own).
+    by_key = key.shape[-2] > 1
+    side = record.find(compact(key if by_key else query))
+    rows = side.expand([*result.shape[:-2], *side.shape[-2:]]).reshape(-1, side.shape[-1])
     heads, inverse = torch.unique(rows, dim=0, return_inverse=True)
     order = _first_occurrence(inverse, len(heads))
     name = record.allocation(int(rows[0].max())).name
@@ -209,8 +229,19 @@ def scores(trace: Trace, query: Tensor, key: Tensor, result: Tensor) -> None:
     head_of_row = head_ids[order[inverse]]
     head, channel = unique_pairs(head_of_row[:, None].expand_as(rows), rows)
     _star(trace, head, channel)
-    shape = [*result.shape[:-2], 1, 1]
+    shape = [*result.shape[:-2], 1, side.shape[-2]] if by_key else [*result.shape[:-2], side.shape[-2], 1]
     trace.set_ids(result, head_of_row.view(shape).expand(result.shape))
+
+
+def _meet_as_channels(trace: Trace, query: Tensor, key: Tensor) -> None:
+    """Query and key neurons that are contracted one to one are the same channels."""
+    if not len(query):
+        return
+    if trace.record.is_read(query) or trace.record.is_read(key):
+        trace.record.connect(EdgeType.RESIDUAL, query, key)
+        trace.record.ties.append((query, key))
+    else:
+        trace.record.unite(query, key)
 
 
 def _first_occurrence(inverse: Tensor, count: int) -> Tensor:
@@ -282,6 +313,7 @@ def convolve(trace: Trace, call: Call) -> None:
         )
         features, rows = (taps, torch.zeros(1, dtype=torch.int64)) if len(taps) <= MAX_TAPS else (None, taps)
         add_use(trace, view, EdgeType.CONVOLUTION, node, rows, ids.flatten(), view.dim_elements(0), features)
+        gains_of_weight(trace, view, {0: ids.flatten()})
         trace.set_ids(result, ids.expand(result.shape))
     else:
         sources = _convolution_sources(trace, source, ids, len(taps), name)
@@ -302,8 +334,9 @@ def convolve(trace: Trace, call: Call) -> None:
                 trace, view, EdgeType.CONVOLUTION, sources[group * per_source : (group + 1) * per_source], part_in,
                 target[group * per_out : (group + 1) * per_out], part_out, taps if small else None,
             )  # fmt: skip
+        gains_of_weight(trace, view, {out_elements: target})
         if groups > 1:
-            record.pin(torch.cat([sources, target]), "convolved in groups", lost=True)
+            record.confined += [*sources.split(per_source), *target.split(per_out)]
         shape = [1] * result.dim()
         shape[1] = total
         trace.set_ids(result, target.view(shape).expand(result.shape))

@@ -16,14 +16,34 @@ from torch import Tensor
 
 from .provenance import NONE, ParameterUse, Record
 from .structure import EdgeType
-from .trace import ParameterView, Trace
+from .trace import Call, Trace
+from .views import ParameterView
 
 
 def remember_router(trace: Trace, view: ParameterView) -> None:
-    """Note that a slice of a parameter is used after a router of as many experts has chosen among them."""
+    """Note that a slice of a parameter is used after a router has chosen among as many experts.
+
+    A router may know more experts than there are weights for: those at its end pass tokens on as they are.
+    """
     router = trace.record.last_router
-    if view.slice is not None and router is not None and len(router) == view.slices:
-        trace.record.routers.setdefault(view.parameter, router)
+    if view.slice is not None and router is not None and view.slices <= len(router) <= 2 * view.slices:
+        trace.record.routers.setdefault(view.parameter, router[: view.slices])
+
+
+def spread_choices(call: Call, dims: list[int]) -> None:
+    """Change a router's choices, in place, so that they fall on all experts in turn.
+
+    Where neurons come from does not depend on which expert a token goes to, but an expert that none goes to is not
+    seen at all, and the routers of a model that was just made send all tokens to a few.
+    """
+    chosen = next((result for result in call.results if result.dtype == torch.int64), None)
+    if chosen is None or chosen.is_meta or len(dims) != 1:
+        return
+    experts = call.tensors[0].shape[dims[0]]
+    keeps = chosen.dim() == call.tensors[0].dim()
+    rows = chosen.movedim(dims[0], -1) if keeps else chosen[..., None]
+    turn = torch.arange(rows.numel()).view(rows.shape) % experts
+    rows.copy_(turn)
 
 
 def route(trace: Trace, view: ParameterView, source: Tensor, target: Tensor) -> None:
@@ -32,7 +52,10 @@ def route(trace: Trace, view: ParameterView, source: Tensor, target: Tensor) -> 
     What an expert's units say afterwards goes to neurons that all experts share, which belong to no expert.
     """
     record, router = trace.record, trace.record.routers.get(view.parameter)
-    if view.slice is None or router is None:
+    if view.slice is None:
+        return
+    if router is None:
+        record.confined.append(target)
         return
     units = torch.cat([record.find(fine) for coarse, fine in record.stars if coarse[0] in router] or [router[:0]])
     if not torch.isin(record.find(source), units).any():
@@ -78,6 +101,16 @@ def unite_rows(trace: Trace, ids: Tensor, dim: int) -> Tensor:
     for row in torch.unique(ids, dim=dim).unbind(dim)[1:]:
         trace.record.unite(rows[0].flatten(), row.flatten())
     return trace.record.find(rows[0].unsqueeze(dim))
+
+
+def pin_choosers(record: Record) -> None:
+    """Routers whose choice is not an index into weights that we know (but a module's number, a table's row) stay."""
+    known = torch.cat(
+        [record.find(router) for router in record.routers.values()] or [torch.empty(0, dtype=torch.int64)]
+    )
+    for chooser in record.choosers:
+        if not torch.isin(record.find(chooser), known).any():
+            record.pin(chooser, "chosen by number (an expert that is a module of its own)")
 
 
 def merge_slices(record: Record) -> None:

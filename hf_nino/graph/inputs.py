@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
@@ -12,6 +12,7 @@ from torch.utils._pytree import tree_map_only
 from transformers.utils import logging
 
 from .media import media, pixels
+from .media_by_type import BY_TYPE
 from .trace import quiet_forward
 
 logger = logging.get_logger(__name__)
@@ -157,7 +158,8 @@ def _first_int(config: Any, names: tuple[str, ...]) -> int:
 
 def _special_tokens(config: Any) -> Iterator[int]:
     """Tokens with a meaning (padding, image, audio), which would call for more inputs."""
-    for part in {id(c): c for c in (config, _text(config))}.values():
+    parts = [getattr(config, name, None) for name in getattr(config, "sub_configs", {})]
+    for part in {id(c): c for c in (config, _text(config), *parts) if c is not None}.values():
         for name, value in vars(part).items():
             if name.endswith(("_token_id", "_token_index")):
                 yield from value if isinstance(value, (list, tuple)) else [value]
@@ -191,44 +193,3 @@ def _boxes(config: Any, length: int) -> Tensor:
     limit = min(1000, getattr(config, "max_2d_position_embeddings", 1000) - 1)
     corners = torch.randint(0, limit, (1, length, 2, 2), generator=_generator()).sort(dim=2).values
     return corners.flatten(2)
-
-
-def _codebooks(model: nn.Module, config: Any, inputs: dict[str, Any], takes: set[str]) -> dict[str, Any]:
-    """One row of tokens for each codebook of one sample."""
-    return inputs | {"input_ids": inputs["input_ids"].repeat(config.num_codebooks, 1)}
-
-
-def _image_states(model: nn.Module, config: Any, inputs: dict[str, Any], takes: set[str]) -> dict[str, Any]:
-    """States of an image encoder that is not part of the model."""
-    states = torch.randn(1, SEQUENCE_LENGTH, config.hidden_size, generator=_generator())
-    return inputs | {"cross_attention_states": states}
-
-
-def _streamed_speech(model: nn.Module, config: Any, inputs: dict[str, Any], takes: set[str]) -> dict[str, Any]:
-    """Sound as long as the text: its encoder halves the frames, and its projector joins ``downsample_factor``."""
-    frames = 2 * config.downsample_factor * inputs["input_ids"].shape[1]
-    features = torch.randn(1, config.audio_config.num_mel_bins, frames, generator=_generator())
-    return inputs | {"input_features": features}
-
-
-def _shared_keys(model: nn.Module, config: Any, inputs: dict[str, Any], takes: set[str]) -> dict[str, Any]:
-    """What an assistant gets from the model that it assists: its states, and keys and values by kind of layer."""
-    text, length = _text(config), inputs["input_ids"].shape[1]
-    shared = {}
-    for number, kind in enumerate(text.layer_types):
-        layer = text.per_layer_config[number]
-        pair = torch.randn(2, 1, layer.num_key_value_heads, length, layer.head_dim, generator=_generator())
-        shared[kind] = (pair[0], pair[1])
-    states = torch.randn(1, length, 2 * config.backbone_hidden_size, generator=_generator())
-    return {"inputs_embeds": states, "shared_kv_states": shared}
-
-
-BY_TYPE: Mapping[str, Callable[[nn.Module, Any, dict[str, Any], set[str]], dict[str, Any]]] = {
-    "gemma4_assistant": _shared_keys,
-    "gemma4_unified_assistant": _shared_keys,
-    "mllama_text_model": _image_states,
-    "musicgen_decoder": _codebooks,
-    "musicgen_melody_decoder": _codebooks,
-    "voxtral_realtime": _streamed_speech,
-}
-"""What some types take instead: functions of the model, its configuration, inputs so far and names of arguments."""

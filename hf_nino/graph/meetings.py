@@ -8,6 +8,7 @@ a node of their own; one edge is one parameter.
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -15,7 +16,8 @@ from torch import Tensor
 from .experts import remember_router
 from .provenance import ParameterUse, compact, is_function, unique_pairs, varying
 from .structure import EdgeType
-from .trace import Call, ParameterView, Trace
+from .trace import Call, Trace
+from .views import ParameterView
 
 
 def forget(trace: Trace, call: Call, reason: str) -> None:
@@ -57,11 +59,7 @@ def join(trace: Trace, first: Tensor, second: Tensor) -> Tensor:
             record.unite(a, b)
             return record.find(torch.where(first >= 0, first, second))
         if read_a and read_b:
-            fresh = record.new_neurons("sum", len(a))
-            record.connect(EdgeType.RESIDUAL, a, fresh)
-            record.connect(EdgeType.RESIDUAL, b, fresh)
-            record.ties += [(a, fresh), (b, fresh)]
-            return replace_ids(torch.where(first >= 0, first, second), a, fresh)
+            return meet_as_sum(trace, first, second)
         old, new = (a, b) if read_a else (b, a)
         record.connect(EdgeType.RESIDUAL, old, new)
         record.ties.append((old, new))
@@ -77,6 +75,20 @@ def join(trace: Trace, first: Tensor, second: Tensor) -> Tensor:
     record.pin(first, "meets other neurons in no one-to-one way", lost=True)
     record.pin(second, "meets other neurons in no one-to-one way", lost=True)
     return compact(torch.where(first >= 0, first, second))
+
+
+def meet_as_sum(trace: Trace, *parts: Tensor) -> Tensor:
+    """Neurons that meet one to one and stay apart: fresh ones that all lead to, and that all move with."""
+    record = trace.record
+    first, *others = torch.broadcast_tensors(*parts)
+    at = first[first >= 0]
+    olds = [at, *(other[first >= 0] for other in others)]
+    distinct = torch.unique(torch.stack(olds), dim=1)
+    fresh = record.new_neurons("sum", distinct.shape[1])
+    for old in distinct:
+        record.connect(EdgeType.RESIDUAL, old, fresh)
+        record.ties.append((old.clone(), fresh))
+    return replace_ids(first, distinct[0], fresh)
 
 
 def one_allocation(trace: Trace, first: Tensor, second: Tensor) -> bool:
@@ -100,8 +112,7 @@ def pointwise_parameter(trace: Trace, ids: Tensor, view: ParameterView, shape: t
     own, from which constant edges lead to those that share it: one edge is one parameter.
     """
     record = trace.record
-    shadow = view.shadow.reshape((1,) * (len(shape) - view.shadow.dim()) + tuple(view.shadow.shape))
-    view = view.with_shadow(shadow)
+    view = view.with_shadow(view.shadow.reshape((1,) * (len(shape) - view.shadow.dim()) + tuple(view.shadow.shape)))
     along = varying(ids)
     rows = [dim for dim in view.elements_dims if dim not in along]
     columns = [dim for dim in view.elements_dims if dim in along]
@@ -131,6 +142,24 @@ def pointwise_parameter(trace: Trace, ids: Tensor, view: ParameterView, shape: t
         record.ties.append((target, first))
 
 
+def gains_of_weight(trace: Trace, view: ParameterView, neurons: dict[int, Tensor]) -> None:
+    """Parameters that a weight was multiplied with (weight normalisation): gains of the neurons on one of its sides.
+
+    Args:
+        neurons: the neurons along each dimension of the view that has some.  Gains along another dimension (the taps
+            of a kernel) have pinned nodes of their own.
+    """
+    for gain in view.gains:
+        dims = gain.elements_dims
+        elements = axis_elements(gain, list(dims))
+        if len(dims) == 1 and dims[0] in neurons and len(neurons[dims[0]]) == len(elements):
+            target = neurons[dims[0]]
+        else:
+            target = trace.record.new_neurons(f"{gain.parameter}[row]", len(elements), "row", "row of a parameter")
+        node = _parameter_nodes(trace, gain, 1, EdgeType.NORM)
+        add_use(trace, gain, EdgeType.NORM, node, torch.zeros(1, dtype=torch.int64), target, elements)
+
+
 def _parameter_nodes(trace: Trace, view: ParameterView, count: int, edge_type: EdgeType) -> Tensor:
     pinned = (
         "position" if edge_type == EdgeType.POSITION_EMBEDDING else "row of a parameter" if count > 1 else "parameter"
@@ -147,10 +176,16 @@ def axis_elements(view: ParameterView, dims: list[int]) -> Tensor:
     return total
 
 
-def promote(trace: Trace, tensor: Tensor, edge_type: EdgeType) -> None:
-    """A parameter used as an activation (class token, learned query): its last axis becomes fresh neurons."""
+def promote(trace: Trace, tensor: Tensor, edge_type: EdgeType, neurons: int | None = None) -> None:
+    """A parameter used as an activation (class token, learned query): one axis becomes fresh neurons.
+
+    Args:
+        neurons: which dimension; the last one unless given.
+    """
     view = trace.view(tensor)
     dims = view.elements_dims
+    if neurons in dims:
+        dims = (*(dim for dim in dims if dim != neurons), neurons)
     if not dims:
         trace.record.notes.append(f"{view.parameter}: a single number used as an activation")
         trace.set_ids(tensor, None)
@@ -189,14 +224,14 @@ def add_use(
     neurons of the second use are tied to those of the first, side by side or crosswise.
     """
     record = trace.record
-    offset = view.shadow.storage_offset()
+    offset = view.start
     features = torch.zeros(1, dtype=torch.int64) if feature_elements is None else feature_elements
     use = ParameterUse(
         view.parameter, edge_type, source, target, source_elements + offset, target_elements, features, view.slice
     )
     record.mark_read(source)
     remember_router(trace, view)
-    for earlier in record.uses:
+    for number, earlier in enumerate(record.uses):
         if earlier.parameter != view.parameter:
             continue
         match = _same_elements(earlier, use)
@@ -211,11 +246,19 @@ def add_use(
         first_source, first_target = (
             (earlier.source, earlier.target) if match == "same" else (earlier.target, earlier.source)
         )
+        if match == "same" and _is_data(trace, first_source) and not _is_data(trace, source):
+            # Applied to data first (an identity matrix, to see the product of two matrices): neurons say more.
+            record.uses[number] = replace(earlier, source=source)
+            return first_target
         record.ties.append((source, first_source))
         record.notes.append(f"{view.parameter}: used more than once; its edges are those of the first use")
         return first_target
     record.uses.append(use)
     return target
+
+
+def _is_data(trace: Trace, ids: Tensor) -> bool:
+    return trace.record.allocation(int(ids[0])).kind == "input"
 
 
 def _same_elements(first: ParameterUse, second: ParameterUse) -> str | None:

@@ -13,12 +13,13 @@ import torch
 from torch import Tensor
 
 from . import contractions, placements  # noqa: F401 (placements registers rules)
-from .experts import are_slices, unite_slices
-from .meetings import forget, input_neurons, join, one_allocation, pointwise_parameter, promote
+from .experts import are_slices, spread_choices, unite_slices
+from .meetings import distinct, forget, input_neurons, join, meet_as_sum, one_allocation, pointwise_parameter, promote
 from .provenance import NONE, compact, varying
 from .registry import RULES, aligned, register, uniform
 from .structure import EdgeType
-from .trace import Call, ParameterView, Trace, on_cpu
+from .trace import Call, Trace, on_cpu
+from .views import ParameterView
 
 KEEP = ("alias", "clone", "contiguous", "detach", "_to_copy", "lift_fresh", "view_as", "to")
 """Operators whose result has the same elements in the same places."""
@@ -31,6 +32,9 @@ MOVES = (
 )  # fmt: skip
 """Operators that only move elements: they run on the ids themselves."""
 
+COPIES = ("aten::repeat", "aten::tile")
+"""Movement operators that make several of what they get."""
+
 REDUCTIONS = (
     "sum", "mean", "amax", "amin", "var", "std", "var_mean", "std_mean", "prod", "any", "all", "argmax", "argmin",
     "max", "min", "norm", "linalg_vector_norm", "logsumexp", "topk", "median", "count_nonzero",
@@ -39,7 +43,9 @@ REDUCTIONS = (
 POOLING = (
     "max_pool2d_with_indices", "max_pool2d", "avg_pool2d", "_adaptive_avg_pool2d", "adaptive_max_pool2d", "avg_pool1d",
     "max_pool1d", "avg_pool3d", "max_pool3d_with_indices", "_adaptive_avg_pool3d", "upsample_nearest2d",
-    "upsample_bilinear2d", "upsample_bicubic2d", "reflection_pad1d", "reflection_pad2d", "replication_pad2d",
+    "upsample_bilinear2d", "upsample_bicubic2d", "upsample_linear1d", "upsample_nearest1d", "upsample_trilinear3d",
+    "_upsample_bilinear2d_aa", "_upsample_bicubic2d_aa", "grid_sampler_2d", "reflection_pad1d", "reflection_pad2d",
+    "replication_pad2d",
 )  # fmt: skip
 
 MULTIPLIES = ("mul", "mul_", "div", "div_", "addcmul", "multiply")
@@ -78,20 +84,30 @@ def move(trace: Trace, call: Call) -> None:
     first = call.tensors[0]
     arguments = dict(call.arguments)
     key = next(name for name, value in arguments.items() if value is first)
-    if (view := trace.view(first)) is not None:
-        moved = _move_shadow(call, arguments | {key: view.shadow}, view)
-        if moved is None:
+    view = trace.view(first)
+    moved = None if view is None else _move_view(call, arguments, key, view)
+    if view is not None and moved is None:
+        if len(view.elements_dims) > 1 and call.name not in COPIES:
             forget(trace, call, "elements of a parameter were copied out of order")
             return
+        # Several copies of a learned vector: a row of an activation.
+        promote(trace, first, EdgeType.OTHER)
+        view = None
+    if view is not None:
         indices = _first_axis_slices(trace, call, view, len(moved))
-        for result, shadow, index in zip(call.results, moved, indices, strict=True):
+        gains = [_move_view(call, arguments, key, gain) or [] for gain in view.gains]
+        for number, (result, part, index) in enumerate(zip(call.results, moved, indices, strict=True)):
             slices = view.slices if index == view.slice else view.shadow.shape[0]
-            trace.set_view(result, replace(view, shadow=shadow, slice=index, slices=slices))
+            own = tuple(parts[number] for parts in gains if parts)
+            trace.set_view(result, replace(part, slice=index, slices=slices, gains=own))
     elif (ids := trace.full_ids(first)) is not None:
         moved = call.function(**on_cpu(arguments | {key: ids.contiguous()}))
         moved = [moved] if isinstance(moved, Tensor) else list(moved)
         for result, new in zip(call.results, moved, strict=True):
             trace.set_ids(result, new)
+    elif (lowest := trace.summary(first)) is not None and len(call.results) == 1:
+        moved = call.function(**on_cpu(arguments | {key: lowest.expand(first.shape).contiguous()}))
+        trace.set_summary(call.results[0], compact(moved))
     if trace.is_input(first):
         for result in call.results:
             trace.mark_input(result)
@@ -110,15 +126,26 @@ def _first_axis_slices(trace: Trace, call: Call, view: ParameterView, count: int
     return [view.slice] * count
 
 
-def _move_shadow(call: Call, arguments: dict, view: ParameterView) -> list[Tensor] | None:
-    """The results' shadows, or ``None`` when the operator must copy."""
+def _move_view(call: Call, arguments: dict, key: str, view: ParameterView) -> list[ParameterView] | None:
+    """The views that a movement operator makes of one: by strides, or element by element where they do not suffice."""
+    if view.lists is None:
+        on_meta = {name: x.to("meta") if isinstance(x, Tensor) else x for name, x in arguments.items()}
+        try:
+            moved = call.function(**on_meta | {key: view.shadow})
+        except RuntimeError:
+            moved = []
+        moved = [moved] if isinstance(moved, Tensor) else list(moved)
+        storage = view.shadow.untyped_storage()._cdata
+        if moved and all(part.untyped_storage()._cdata == storage for part in moved):
+            return [view.with_shadow(part) for part in moved]
+    if call.name in COPIES or not view.is_small:
+        return None
     try:
-        moved = call.function(**{k: v.to("meta") if isinstance(v, Tensor) else v for k, v in arguments.items()})
+        moved = call.function(**on_cpu(arguments | {key: view.elements()}))
     except RuntimeError:
         return None
-    moved = [moved] if isinstance(moved, Tensor) else list(moved)
-    storage = view.shadow.untyped_storage()._cdata
-    return moved if all(part.untyped_storage()._cdata == storage for part in moved) else None
+    found = [view.reordered(part) for part in ([moved] if isinstance(moved, Tensor) else moved)]
+    return None if any(part is None for part in found) else found
 
 
 @register("cat", "concat", "concatenate", "stack")
@@ -143,20 +170,40 @@ def concatenate(trace: Trace, call: Call) -> None:
     if call.name != "aten::stack" and not any(dim in varying(x) for x in moving) and not are_slices(trace, moving):
         merged = moving[0]
         for other in moving[1:]:
-            merged = join(trace, merged, other) if _same_neurons(trace, merged, other) else None
+            merged = _along_positions(trace, merged, other, all(part.shape[dim] > 1 for part in parts))
             if merged is None:
                 break
         if merged is not None:
             trace.set_ids(result, merged.expand(result.shape))
             return
-    trace.set_ids(result, torch.cat([x.contiguous() for x in ids], dim=dim))
+    joined = torch.cat([x.contiguous() for x in ids], dim=dim)
+    if varying(compact(joined)) == (dim,) and bool((joined >= 0).all()):
+        joined = _side_by_side(trace, compact(joined)).expand(result.shape)
+    trace.set_ids(result, joined)
 
 
-def _same_neurons(trace: Trace, first: Tensor, second: Tensor) -> bool:
-    """Whether operands of a concatenation along positions have neurons of two origins in the same dimensions."""
+def _side_by_side(trace: Trace, ids: Tensor) -> Tensor:
+    """Rows of one table that was looked up several times get neurons of their own for each place."""
+    if trace.record.is_read(ids) or ids.unique().numel() == ids.numel():
+        return ids
+    name = trace.record.allocation(int(ids.min())).name
+    return distinct(trace, ids.flatten(), name).view(ids.shape)
+
+
+def _along_positions(trace: Trace, first: Tensor, second: Tensor, several: bool) -> Tensor | None:
+    """Neurons of a concatenation along positions, from then on treated alike; ``None`` where they do not pair up.
+
+    Args:
+        several: whether each operand has several positions; single ones may be neurons side by side.
+    """
     if first.shape != second.shape or not varying(first) or not bool(((first >= 0) == (second >= 0)).all()):
-        return False
-    return first.equal(second) or not one_allocation(trace, first[first >= 0], second[second >= 0])
+        return None
+    if first.equal(second):
+        return first
+    known = first[first >= 0], second[second >= 0]
+    if not one_allocation(trace, *known):
+        return join(trace, first, second)
+    return meet_as_sum(trace, first, second) if several and not bool(torch.isin(*known).any()) else None
 
 
 @register("hardswish", "hardswish_", "hardsigmoid", "hardsigmoid_", "hardtanh", "hardtanh_", "log_sigmoid_forward")
@@ -169,8 +216,8 @@ def pointwise(trace: Trace, call: Call) -> None:
     active = [tensor for tensor in tensors if trace.ids(tensor) is not None]
     if views and not active:
         plain = [t for t in tensors if trace.view(t) is None]
-        if len(views) == 1 and all(uniform(tensor) for tensor in plain) and views[0].shape == result.shape:
-            trace.set_view(result, trace.view(views[0]))
+        if (derived := _derived(trace, call, views, plain)) is not None:
+            trace.set_view(result, derived)
             return
         # A parameter meets data or another parameter: one of them has to be the activation.
         if plain:
@@ -180,6 +227,9 @@ def pointwise(trace: Trace, call: Call) -> None:
             promote(trace, views[0], EdgeType.OTHER)
             active, views = [views[0]], views[1:]
     if not active:
+        names = {trace.statistic(t) for t in tensors if not uniform(t) or trace.statistic(t) is not None}
+        if len(names) == 1 and (name := names.pop()) is not None:
+            trace.set_statistic(result, name)
         summaries = [t for t in tensors if trace.summary(t) is not None]
         if len(summaries) == 1 and all(t is summaries[0] or uniform(t) for t in tensors):
             trace.set_summary(result, trace.summary(summaries[0]))
@@ -198,6 +248,23 @@ def pointwise(trace: Trace, call: Call) -> None:
         trace.set_ids(out, ids.expand(out.shape))
 
 
+def _derived(trace: Trace, call: Call, views: list[Tensor], plain: list[Tensor]) -> ParameterView | None:
+    """A parameter that was scaled, centred or normalised by itself, or multiplied with a smaller one: still itself."""
+    first, *others = sorted((trace.view(tensor) for tensor in views), key=lambda view: -len(view.elements_dims))
+    (result, *_) = call.results
+    if any(trace.statistic(t) != first.parameter and not uniform(t) for t in plain):
+        return None
+    if first.shadow.shape != result.shape or (others and not first.elements_dims[1:]):
+        return None
+    if not others:
+        return first
+    smaller = all(set(other.elements_dims) < set(first.elements_dims) for other in others)
+    if len(others) > 1 or not smaller or call.name.removeprefix("aten::") not in MULTIPLIES:
+        return None
+    gain = others[0].with_shadow(others[0].shadow.expand(result.shape))
+    return replace(first, gains=(*first.gains, gain))
+
+
 def _pin_by_constant(trace: Trace, ids: Tensor, constant: Tensor, shape: torch.Size) -> None:
     """Neurons that are multiplied by (or added to) different numbers are told apart by them."""
     if constant.dim() == 0:
@@ -207,13 +274,21 @@ def _pin_by_constant(trace: Trace, ids: Tensor, constant: Tensor, shape: torch.S
         if full.shape[dim] == 1:
             continue
         if trace.is_opaque(constant):
+            if constant.dtype == torch.bool and _is_same_along(full, dim):
+                continue
             if not _is_of_same_head(trace.summary(constant), ids, dim):
                 trace.record.pin(ids, "meets activations that could not be followed", lost=True)
             continue
-        first = full.narrow(dim, 0, 1)
-        same = False if full.is_meta else (full == first) | ((full != full) & (first != first))
-        if not bool(torch.as_tensor(same).all()):
+        if not _is_same_along(full, dim):
             trace.record.pin(ids, "meets a constant that differs between neurons (rotary or sinusoidal table, mask)")
+
+
+def _is_same_along(values: Tensor, dim: int) -> bool:
+    """Whether values do not change along a dimension."""
+    if values.is_meta:
+        return False
+    first = values.narrow(dim, 0, 1)
+    return bool(((values == first) | ((values != values) & (first != first))).all())
 
 
 def _is_of_same_head(lowest: Tensor | None, ids: Tensor, dim: int) -> bool:
@@ -229,8 +304,9 @@ def reduce(trace: Trace, call: Call) -> None:
     """Neurons along reduced dimensions are summed away; the others stay."""
     ids = trace.full_ids(call.tensors[0])
     if ids is None:
-        if trace.view(call.tensors[0]) is not None:
-            forget(trace, call, "a parameter was reduced")
+        if (view := trace.view(call.tensors[0])) is not None:
+            for result in call.results:
+                trace.set_statistic(result, view.parameter)
         return
     dims = call.arguments.get("dim")
     every = range(ids.dim())
@@ -241,7 +317,12 @@ def reduce(trace: Trace, call: Call) -> None:
     gone = sorted(set(dims) & set(varying(small)))
     if call.name in ("aten::topk", "aten::max", "aten::argmax") and gone == list(varying(small)):
         trace.record.last_router = small.flatten()
-    summed = unite_slices(trace, small, gone) if call.name in ("aten::sum", "aten::mean") and gone else None
+        trace.record.choosers.append(small.flatten())
+        spread_choices(call, gone)
+    summed = None
+    if call.name in ("aten::sum", "aten::mean") and len(gone) == 1:
+        summed = unite_slices(trace, small, gone)
+        summed = _sum_of_streams(trace, small, gone[0], keepdim) if summed is None else summed
     if summed is not None:
         small = summed
     for result in call.results:
@@ -253,6 +334,21 @@ def reduce(trace: Trace, call: Call) -> None:
             continue
         left = small if keepdim else small.squeeze(tuple(dims))
         trace.set_ids(result, left.expand(result.shape) if left.dim() == result.dim() else None)
+
+
+def _sum_of_streams(trace: Trace, ids: Tensor, dim: int, keepdim: bool) -> Tensor | None:
+    """A sum over streams that were stacked is as many additions; ``None`` when they do not pair up.
+
+    Sums that keep the dimension are statistics of a norm, unless the streams have origins of their own.
+    """
+    first, *others = torch.unique(ids, dim=dim).split(1, dim)
+    if not varying(first) or bool((ids < 0).any()) or any(bool(torch.isin(first, other).any()) for other in others):
+        return None
+    if any(one_allocation(trace, first, other) for other in others):
+        return None if keepdim else meet_as_sum(trace, first, *others)
+    for other in others:
+        first = join(trace, first, other)
+    return first
 
 
 @register(
@@ -272,6 +368,9 @@ def same_shape(trace: Trace, call: Call) -> None:
 @register(*POOLING)
 def pool(trace: Trace, call: Call) -> None:
     """Spatial operators keep the channels, which are the ids of dimension 1."""
+    if trace.view(call.tensors[0]) is not None:
+        # A table of positions, interpolated.
+        promote(trace, call.tensors[0], EdgeType.POSITION_EMBEDDING, neurons=1)
     ids = trace.ids(call.tensors[0])
     if ids is None:
         return
@@ -280,6 +379,20 @@ def pool(trace: Trace, call: Call) -> None:
         return
     for result in call.results:
         trace.set_ids(result, ids.expand(result.shape))
+
+
+@register("im2col")
+def patches(trace: Trace, call: Call) -> None:
+    """Windows as rows: each channel once for every tap."""
+    ids, (result,) = trace.ids(call.tensors[0]), call.results
+    if ids is None:
+        return
+    if any(dim != 1 for dim in varying(ids)):
+        trace.record.pin(ids, f"{call.name} mixes neurons", lost=True)
+        return
+    taps = math.prod(call.arguments["kernel_size"])
+    channels = ids.expand(1, call.tensors[0].shape[1], 1, 1).flatten()
+    trace.set_ids(result, channels.repeat_interleave(taps)[None, :, None].expand(result.shape))
 
 
 @register("constant_pad_nd", "pad")
@@ -305,6 +418,12 @@ def normalisation(trace: Trace, call: Call) -> None:
     """Neurons pass; gain and bias are edges from a node of their own, running statistics move along."""
     source, result = call.arguments["input"], call.results[0]
     name = call.name.removeprefix("aten::")
+    if (view := trace.view(source)) is not None:
+        if call.arguments.get("weight") is None and call.arguments.get("bias") is None:
+            # A kernel is standardised before it is used.
+            trace.set_view(result, view)
+            return
+        promote(trace, source, EdgeType.OTHER)
     channels_first = "batch" in name or "group" in name
     gain, bias = call.arguments.get("weight"), call.arguments.get("bias")
     dim = 1 if channels_first else None
@@ -326,6 +445,20 @@ def normalisation(trace: Trace, call: Call) -> None:
     for view, multiplies in views:
         pointwise_parameter(trace, ids, view, result.shape, multiplies)
     trace.set_ids(result, ids.expand(result.shape))
+
+
+@register("_weight_norm_interface")
+def weight_norm(trace: Trace, call: Call) -> None:
+    """``g v / |v|`` is the parameter v, with g as a gain of the neurons that it makes."""
+    direction, gain = (trace.view(call.arguments[name]) for name in ("v", "g"))
+    result, *norms = call.results
+    if direction is None or gain is None:
+        forget(trace, call, "weight normalisation of what is no parameter")
+        return
+    gain = gain.with_shadow(gain.shadow.expand(result.shape))
+    trace.set_view(result, replace(direction, gains=(*direction.gains, gain)))
+    for norm in norms:
+        trace.set_statistic(norm, direction.parameter)
 
 
 def _trailing(view: ParameterView, dims: int, dim: int | None) -> ParameterView:

@@ -61,12 +61,19 @@ def gather_sums(trace: Trace, call: Call) -> None:
     if trace.view(source) is not None:
         promote(trace, source, EdgeType.OTHER)
     ids = [x for x in (trace.ids(destination), trace.ids(source)) if x is not None]
+    if "index_put" in call.name and ids and ids[-1].dim() < result.dim():
+        ids[-1] = aligned(ids[-1], result.dim())
     if trace.ids(source) is not None and ids[-1].dim() == result.dim():
         ids[-1] = unite_rows(trace, ids[-1], int(call.arguments.get("dim", 0)) % result.dim())
     if any(x.dim() != result.dim() or not contractions.fits(x, result) for x in ids):
         forget(trace, call, f"operator {call.name} along neurons")
         return
-    trace.set_ids(result, None if not ids else (ids[0] if len(ids) == 1 else join(trace, *ids)).expand(result.shape))
+    joined = None if not ids else (ids[0] if len(ids) == 1 else join(trace, *ids)).expand(result.shape)
+    if call.name.endswith("_") and joined is not None:
+        # An accumulator may be written through a view of it.
+        trace.write(result, joined, through=True)
+    else:
+        trace.set_ids(result, joined)
 
 
 @register("masked_scatter", "masked_scatter_")
@@ -105,10 +112,14 @@ def view_as_real(trace: Trace, call: Call) -> None:
 
 @register("gather", "take_along_dim")
 def gather(trace: Trace, call: Call) -> None:
-    """What is gathered along neurons depends on the data (a router's choice) and belongs to none."""
+    """What is gathered along neurons belongs to none of them; unless neurons chose (a router), it tells them apart."""
     ids, (result, *_) = trace.ids(call.tensors[0]), call.results
-    if ids is not None and call.arguments.get("dim", 0) % result.dim() not in varying(ids):
+    if ids is None:
+        return
+    if call.arguments.get("dim", 0) % result.dim() not in varying(ids):
         trace.set_ids(result, ids.expand(result.shape) if contractions.fits(ids, result) else None)
+    elif not trace.is_opaque(call.arguments.get("index", call.arguments.get("indices"))):
+        trace.record.pin(ids, "looked up by number (relative positions)")
 
 
 @register("copy_")

@@ -91,6 +91,8 @@ class Record:
     routers: dict[str, Tensor] = field(default_factory=dict)
     """Parameter with one slice for each expert -> the neurons of the router that chooses among them."""
     last_router: Tensor | None = None
+    choosers: list[Tensor] = field(default_factory=list)
+    """Neurons among which the highest was chosen, by its number: all routers."""
     complex_pairs: list[tuple[Tensor, Tensor]] = field(default_factory=list)
     """Neurons that were read as real and imaginary part of one number."""
     count: int = 0

@@ -44,7 +44,8 @@ def segments(
     if distinct:
         # A neuron that two elements make (gate and up) is in two pieces: all first elements, then all second ones.
         round_ = _occurrence(group, position)
-        order = np.argsort(round_, kind="stable")
+        # In the order of the neurons: how a model flattens its axes (channels before heads) is of no account.
+        order = np.lexsort((position, group, label, round_))
         label = label * (int(round_.max(initial=0)) + 1) + round_
         group, position, element, label = group[order], position[order], element[order], label[order]
     waiting: dict[tuple[int, int, int, tuple[int, int]], list[int]] = {}

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from enum import IntEnum
 from functools import cached_property
 
@@ -239,10 +239,15 @@ class NeuralGraph:
 
     @classmethod
     def from_model(cls, model, example_inputs=None, *, verify: bool = True) -> NeuralGraph:
-        """The neural graph of a module, from one traced forward pass; see :func:`hf_nino.graph.build.build_graph`."""
-        from .build import build_graph
+        """The neural graph of a module, from one traced forward pass; see :func:`hf_nino.graph.build.build_graph`.
 
-        return build_graph(model, example_inputs, verify=verify)
+        ``DataParallel``, ``DistributedDataParallel`` and ``torch.compile`` are looked through: parameters have the
+        names that they have in the model inside.
+        """
+        from .build import build_graph
+        from .wrappers import traceable
+
+        return build_graph(traceable(model), example_inputs, verify=verify)._with_canonical_names()
 
     @cached_property
     def group_offsets(self) -> tuple[int, ...]:
@@ -345,31 +350,66 @@ class NeuralGraph:
         for block in self.blocks:
             if block.parameter not in state_dict:
                 continue
-            values = block.view(state_dict[block.parameter])
             new = result[block.parameter]
             if block.parameter not in copied:
                 new.copy_(state_dict[block.parameter])
                 copied.add(block.parameter)
-            source = self._places(block.source, permutation)
-            target = self._places(block.target, permutation)
+            goal, source, target = self._goal(block, permutation)
+            values = block.view(state_dict[block.parameter])
             moved = torch.empty_like(values)
             moved[source[:, None].to(values.device), target[None, :].to(values.device)] = values
-            block.write(new, moved)
+            goal.write(new, moved)
         for alias, name in self.aliases.items():
             if alias in result and name in result:
                 result[alias] = result[name]
         return result
 
-    def _places(self, nodes: Nodes, permutation: Tensor) -> Tensor:
-        """For each selected node, the position within the selection that it moves to."""
+    def _goal(self, block: EdgeBlock, permutation: Tensor) -> tuple[EdgeBlock, Tensor, Tensor]:
+        """Where a block's edges move to: a block of the same parameter, and places on its source and target side.
+
+        Mostly it is the block itself; of a block-diagonal parameter, which has a block for each head, it is another.
+        """
+        ends = [permutation[self.node_index(nodes)] for nodes in (block.source, block.target)]
+        for candidate in (block, *self._siblings(block)):
+            places = [self._places(*pair) for pair in zip((candidate.source, candidate.target), ends, strict=True)]
+            if places[0] is not None and places[1] is not None:
+                return candidate, places[0], places[1]
+        raise ValueError(
+            f"`permutation` must keep the neurons of a block together, but it moves some of {block.parameter!r} "
+            "out of the slice of the parameter that the block covers"
+        )
+
+    def _siblings(self, block: EdgeBlock) -> list[EdgeBlock]:
+        """Other blocks of the same parameter, and of several between the same neurons, the one of the same rank."""
+        ranks: dict[tuple[Nodes, Nodes], int] = {}
+        ranked = []
+        for other in self.blocks:
+            if other.parameter == block.parameter:
+                ends = (other.source, other.target)
+                ranks[ends] = ranks.get(ends, -1) + 1
+                ranked.append((ranks[ends], other))
+        own = next(rank for rank, other in ranked if other is block)
+        return [other for rank, other in ranked if rank == own and other is not block and other.shape == block.shape]
+
+    def _places(self, nodes: Nodes, moved: Tensor) -> Tensor | None:
+        """The position of each moved node within a selection; ``None`` when some are not in it."""
         index = self.node_index(nodes)
-        position = torch.full((self.num_nodes,), -1)
-        position[index] = torch.arange(len(nodes))
-        places = position[permutation[index]]
-        if (places < 0).any():
-            name = self.groups[nodes.group].name
-            raise ValueError(f"`permutation` moves neurons of group {name!r} out of the slice that a parameter covers")
-        return places
+        order = index.argsort()
+        place = torch.searchsorted(index[order], moved).clamp(max=len(index) - 1)
+        return order[place] if bool((index[order][place] == moved).all()) else None
+
+    def _with_canonical_names(self) -> NeuralGraph:
+        """The graph by the names that parameters have in the model without compiled submodules."""
+        from .wrappers import canonical_name
+
+        if all(canonical_name(name) == name for name in (*self.shapes, *self.aliases)):
+            return self
+        return replace(
+            self,
+            blocks=tuple(replace(b, parameter=canonical_name(b.parameter)) for b in self.blocks),
+            shapes={canonical_name(name): shape for name, shape in self.shapes.items()},
+            aliases={canonical_name(alias): canonical_name(name) for alias, name in self.aliases.items()},
+        )
 
     def positional_encoding(self, size: int = 8) -> Tensor:
         """Laplacian eigenvectors, float32 [N, size]; see :mod:`hf_nino.graph.positional`."""

@@ -172,6 +172,9 @@ EXCEPTIONS: Mapping[str, Mapping[str, Any]] = {
     "nemotron3_diarization_audio": dict(num_key_value_heads=4),
     "neomme": dict(rope_parameters={k: dict(_ROPE, partial_rotary_factor=0.5) for k in _LOCAL_AND_GLOBAL}),
     "perceiver": dict(num_latents=12, num_self_attends_per_block=2, image_size=8),
+    "phi4_multimodal": dict(
+        vision_config=dict(image_token_id=90, crop_size=16), audio_config=dict(audio_token_id=91, input_size=80)
+    ),
     "phi4_multimodal_audio": dict(
         num_blocks=2, nemo_conv_channels=12, ext_pw_out_channel=32, depthwise_separable_out_channel=32
     ),
@@ -273,6 +276,10 @@ def tiny_model(auto_class_name: str, model_type: str, seed: int = 0) -> PreTrain
         model = model_class(config).eval()
         for parameter in model.parameters():
             _scatter(parameter)
+        for name, buffer in model.named_buffers():
+            if name.endswith(".tid2eid"):
+                # Which experts a token goes to, by its number; a checkpoint brings it.
+                buffer.copy_(torch.arange(buffer.numel()).view(buffer.shape) % config.num_local_experts)
         return model
 
 

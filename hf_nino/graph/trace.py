@@ -15,7 +15,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cached_property, partial
 from typing import Any
 
@@ -25,34 +25,10 @@ from torch.func import functional_call
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map_only
+from transformers.utils import logging
 
 from .provenance import NONE, Record, compact
-
-
-@dataclass(frozen=True)
-class ParameterView:
-    """A tensor all of whose elements are elements of one parameter."""
-
-    parameter: str
-    shadow: Tensor
-    """Meta tensor with the strides and offset of the view in the contiguous, flattened parameter."""
-    slice: int | None = None
-    """The index along the parameter's first axis, where one was selected: the expert."""
-    slices: int = 0
-    """How many there are."""
-
-    @property
-    def elements_dims(self) -> tuple[int, ...]:
-        """Dimensions along which different elements of the parameter lie."""
-        pairs = zip(self.shadow.shape, self.shadow.stride(), strict=True)
-        return tuple(dim for dim, (size, stride) in enumerate(pairs) if size > 1 and stride != 0)
-
-    def dim_elements(self, dim: int) -> Tensor:
-        """Offsets of the elements along one dimension, int64 [size]."""
-        return torch.arange(self.shadow.shape[dim]) * self.shadow.stride(dim)
-
-    def with_shadow(self, shadow: Tensor) -> ParameterView:
-        return replace(self, shadow=shadow)
+from .views import ParameterView
 
 
 @dataclass
@@ -99,6 +75,8 @@ class Trace(TorchDispatchMode):
         self._alive: dict[int, Tensor] = {}
         # Activations that come from neurons but could not be followed to any.
         self._opaque: set[int] = set()
+        # Numbers computed from one parameter alone: its mean, its norm; the parameter's name.
+        self._statistics: dict[int, str] = {}
         # One number for each head, from its channels: the lowest id of those (a norm's variance).
         self._summaries: dict[int, Tensor] = {}
         self._inputs = {id(leaf) for leaf in tree_leaves(inputs) if isinstance(leaf, Tensor)}
@@ -148,11 +126,16 @@ class Trace(TorchDispatchMode):
         else:
             self._ids[id(tensor)] = compact(ids)
 
-    def write(self, destination: Tensor, ids: Tensor | None) -> None:
-        """Ids of a tensor that was written in place, perhaps only a part of its storage."""
+    def write(self, destination: Tensor, ids: Tensor | None, through: bool = False) -> None:
+        """Ids of a tensor that was written in place, perhaps only a part of its storage.
+
+        Args:
+            through: tensors of another shape with the same storage see it even if all of the storage is written.
+        """
         storage = destination.untyped_storage()
         numel = storage.nbytes() // destination.element_size()
-        if destination.numel() == numel and storage._cdata not in self._canvases:
+        whole = destination.numel() == numel and not through
+        if (whole and storage._cdata not in self._canvases) or destination.is_meta:
             self.set_ids(destination, ids)
             return
         if storage._cdata not in self._canvases:
@@ -212,6 +195,14 @@ class Trace(TorchDispatchMode):
         self._alive[id(tensor)] = tensor
         self._summaries[id(tensor)] = lowest
 
+    def statistic(self, tensor: Tensor) -> str | None:
+        """The parameter that a tensor was reduced from."""
+        return self._statistics.get(id(tensor))
+
+    def set_statistic(self, tensor: Tensor, parameter: str) -> None:
+        self._alive[id(tensor)] = tensor
+        self._statistics[id(tensor)] = parameter
+
     def is_opaque(self, tensor: Tensor) -> bool:
         """Whether a tensor depends on neurons that could not be followed to it."""
         return id(tensor) in self._opaque
@@ -219,13 +210,16 @@ class Trace(TorchDispatchMode):
     def _followed(self, tensor: Tensor) -> bool:
         key = id(tensor)
         known = key in self._ids or key in self._views or key in self._inputs or key in self._buffers
-        known = known or key in self._opaque
+        known = known or key in self._opaque or key in self._statistics
         return known or (bool(self._canvases) and self._on_canvas(tensor))
 
 
 @contextmanager
 def quiet_forward(model: nn.Module):
-    """Evaluation mode, eager attention, plain mathematics and no gradients; everything is put back afterwards."""
+    """Evaluation mode, eager attention, plain mathematics and no gradients; everything is put back afterwards.
+
+    So are buffers that the forward pass writes.
+    """
     training = {module: module.training for module in model.modules()}
     fast_path = torch.backends.mha.get_fastpath_enabled()
     configs = {id(module.config): module.config for module in model.modules() if hasattr(module, "config")}
@@ -234,11 +228,20 @@ def quiet_forward(model: nn.Module):
     before = [
         (config, name, vars(config)[name]) for config in configs.values() for name in names if name in vars(config)
     ]
+    buffers = [
+        (module, name, buffer, buffer._version, buffer.clone())
+        for module in model.modules()
+        for name, buffer in module._buffers.items()
+        if buffer is not None and not buffer.is_inference()
+    ]
+    verbosity = logging.get_verbosity()
     try:
+        logging.set_verbosity_error()
         model.eval()
-        for kind in kinds:
-            if getattr(getattr(model, "config", None), f"_{kind}_implementation", None) not in (None, "eager"):
-                getattr(model, f"set_{kind}_implementation", lambda _: None)("eager")
+        for module in list(model.modules()):
+            for kind in kinds:
+                if getattr(getattr(module, "config", None), f"_{kind}_implementation", None) not in (None, "eager"):
+                    getattr(module, f"set_{kind}_implementation", lambda _: None)("eager")
         torch.backends.mha.set_fastpath_enabled(False)
         with ExitStack() as stack:
             stack.enter_context(torch.no_grad())
@@ -246,7 +249,13 @@ def quiet_forward(model: nn.Module):
             stack.enter_context(sdpa_kernel(SDPBackend.MATH))
             yield
     finally:
+        logging.set_verbosity(verbosity)
         torch.backends.mha.set_fastpath_enabled(fast_path)
+        for module, name, buffer, version, values in buffers:
+            # A forward pass may count, or keep what it has seen.
+            module._buffers[name] = buffer
+            if buffer._version != version:
+                buffer.data = values
         for config, name, value in before:
             setattr(config, name, value)
         for module, flag in training.items():

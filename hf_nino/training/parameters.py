@@ -13,26 +13,9 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor, nn
 
+from ..graph.wrappers import canonical_name, inner_module
+
 Signature = tuple[tuple[str, tuple[int, ...], str], ...]
-
-# Wrappers that put a component of their own into the names of the parameters below them.
-_WRAPPER_COMPONENTS = ("_orig_mod", "_checkpoint_wrapped_module")
-
-
-def unwrap(model: nn.Module) -> nn.Module:
-    """The bare model inside ``DistributedDataParallel``, ``DataParallel`` and ``torch.compile``."""
-    while True:
-        if isinstance(model, (nn.parallel.DistributedDataParallel, nn.DataParallel)):
-            model = model.module
-        elif isinstance(getattr(model, "_orig_mod", None), nn.Module):
-            model = model._orig_mod
-        else:
-            return model
-
-
-def canonical_name(name: str) -> str:
-    """``name`` without the components that compiled or checkpointed submodules put into it."""
-    return ".".join(part for part in name.split(".") if part not in _WRAPPER_COMPONENTS)
 
 
 class ParameterStore:
@@ -48,7 +31,7 @@ class ParameterStore:
     """
 
     def __init__(self, model: nn.Module) -> None:
-        self.model = unwrap(model)
+        self.model = inner_module(model)
 
     def parameters(self) -> dict[str, nn.Parameter]:
         """{name: parameter}, the model's own objects."""
@@ -138,7 +121,7 @@ def make_store(model: nn.Module) -> ParameterStore:
         ValueError: parameters that are sharded (FSDP, tensor parallel, DeepSpeed) or not materialised (meta device),
             or no trainable floating-point parameter at all.
     """
-    bare = unwrap(model)
+    bare = inner_module(model)
     for module in bare.modules():
         if any(base.__name__ in ("FullyShardedDataParallel", "FSDPModule") for base in type(module).__mro__):
             raise ValueError(_unsupported("the model is sharded by FSDP"))

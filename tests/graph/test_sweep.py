@@ -8,6 +8,7 @@ import json
 import pytest
 import torch
 import transformers
+from sample import CLEAN, SAMPLE
 from torch import nn
 from transformers import CONFIG_MAPPING, PretrainedConfig
 
@@ -17,43 +18,6 @@ from hf_nino.graph.inputs import split_inputs
 from hf_nino.graph.sweep import KINDS, measure
 from hf_nino.graph.tiny import EXCEPTIONS, MAPPINGS, NOT_OFFLINE, model_types, tiny_config, tiny_model
 from hf_nino.graph.trace import quiet_forward
-
-CLEAN = "every proposal holds, and (almost) all elements are placed; most of them move"
-"""What :func:`is_clean` tests."""
-
-SAMPLE = {
-    ("causal-lm", "gpt2"): CLEAN,  # fused qkv, learned positions, tied embeddings
-    ("causal-lm", "llama"): CLEAN,  # rotary, grouped queries
-    ("causal-lm", "gpt_bigcode"): CLEAN,  # one key/value head
-    ("causal-lm", "phi"): CLEAN,  # partial rotary, parallel blocks
-    ("causal-lm", "gpt_neox"): CLEAN,  # interleaved fused qkv
-    ("causal-lm", "qwen3"): CLEAN,  # norms of queries and keys
-    ("causal-lm", "gemma3_text"): CLEAN,  # sliding windows, four norms a layer
-    ("causal-lm", "bloom"): CLEAN,  # ALiBi
-    ("causal-lm", "mpt"): CLEAN,  # ALiBi, clamped fused qkv
-    ("causal-lm", "mixtral"): CLEAN,  # experts
-    ("causal-lm", "qwen2_moe"): CLEAN,  # shared experts
-    ("causal-lm", "gpt_oss"): CLEAN,  # attention sinks, biased experts
-    ("causal-lm", "deepseek_v3"): CLEAN,  # latent attention, a shared expert
-    ("causal-lm", "mamba"): CLEAN,  # state space, depthwise convolution
-    ("causal-lm", "mamba2"): CLEAN,  # state space with heads
-    ("causal-lm", "jamba"): CLEAN,  # state space, attention and experts in turn
-    ("causal-lm", "qwen3_next"): CLEAN,  # linear attention, gated attention, experts
-    ("causal-lm", "recurrent_gemma"): CLEAN,  # recurrence with block-diagonal gates, one key/value head
-    ("masked-lm", "bert"): CLEAN,  # encoder, post-norm
-    ("masked-lm", "deberta-v2"): CLEAN,  # relative positions with projections of their own
-    ("masked-lm", "albert"): CLEAN,  # all layers share their parameters
-    ("seq2seq-lm", "t5"): CLEAN,  # encoder and decoder, relative position bias
-    ("seq2seq-lm", "bart"): CLEAN,  # encoder and decoder, learned positions
-    ("image-classification", "vit"): CLEAN,  # patches, class token
-    ("image-classification", "swin"): CLEAN,  # windows, patch merging
-    ("image-classification", "convnext"): CLEAN,  # depthwise convolution, layer scale
-    ("image-classification", "resnet"): CLEAN,  # batch norm, shortcuts
-    ("image-classification", "mobilenet_v2"): CLEAN,  # inverted residuals
-    ("sequence-classification", "llama"): CLEAN,  # an output of few neurons
-    ("sequence-classification", "xlnet"): "two-stream attention uses its output matrix transposed",
-}
-"""Type by type, what is known to be right, or why it is not; a reason that no longer holds fails the test."""
 
 TABLES_FOR = "5.23"
 """The release of transformers that the tables of tiny.py list completely, and the figures below were measured with."""
