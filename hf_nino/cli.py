@@ -32,6 +32,12 @@ class Schedule(str, Enum):
     constant_with_warmup = "constant_with_warmup"
 
 
+class PictureFormat(str, Enum):
+    png = "png"
+    svg = "svg"
+    pdf = "pdf"
+
+
 @app.command()
 def demo(
     arch: Annotated[Arch, typer.Option(help="Which architecture to train.")] = Arch.gpt2,
@@ -84,30 +90,69 @@ def convert(
 
 @app.command()
 def graph(
-    model: Annotated[Path, typer.Argument(help="A folder or a config.json of transformers.", metavar="FOLDER|CONFIG")],
-    plot: Annotated[Path | None, typer.Option(help="Write a picture of the graph to this PNG.")] = None,
+    model: Annotated[
+        str,
+        typer.Argument(
+            help="A folder or config.json, a model type such as llama, or a repository on the Hub.",
+            metavar="MODEL_OR_PATH",
+        ),
+    ],
+    out: Annotated[
+        Path | None, typer.Option(help="Folder for the two pictures. [default: the current folder; none with --json]")
+    ] = None,
+    format: Annotated[PictureFormat, typer.Option(help="Format of the pictures.")] = PictureFormat.png,
+    plot: Annotated[bool, typer.Option("--plot/--no-plot", help="Whether to draw the pictures.")] = True,
+    json: Annotated[bool, typer.Option("--json", help="Print the report as JSON.")] = False,
+    meta: Annotated[bool, typer.Option("--meta", help="Never make weights, however small the model is.")] = False,
 ) -> None:
-    """Build the neural graph of a model and say what is in it.
+    """Build the neural graph of a model, say what is in it, and draw it twice: as a diagram and as a matrix.
 
-    The model is built from its configuration with random parameters: a graph does not depend on their values.
+    The configuration is enough: a graph does not depend on weights, so none are loaded or downloaded.
 
-    Example: hf-nino graph ./my-model --plot graph.png
+    Example: hf-nino graph llama --out pictures
     """
-    import transformers
+    from .commands.graph import show_graph
 
-    from . import NeuralGraph
+    folder = out or (None if json else Path())
+    show_graph(
+        model,
+        folder if plot else None,
+        typer.echo,
+        picture_format=format.value,
+        as_json=json,
+        meta=meta,
+    )
 
-    if not model.exists():
-        raise ValueError(f"FOLDER|CONFIG must be an existing folder or config.json, got {model}")
-    config = transformers.AutoConfig.from_pretrained(model)
-    named = getattr(transformers, (config.architectures or [""])[0], None)
-    built = NeuralGraph.from_model(named(config) if named else transformers.AutoModel.from_config(config))
-    typer.echo(repr(built))
-    for line in built.report:
-        typer.echo(f"  {line}")
-    if plot is not None:
-        built.plot(plot)
-        typer.echo(f"Picture: {plot}")
+
+@app.command()
+def estimate(
+    model: Annotated[str, typer.Argument(help="A folder, config.json, model type or repo id.", metavar="MODEL")],
+    nowcaster: Annotated[str, typer.Option(help="Name, folder or repo id of a nowcaster.")] = "linear",
+    period: Annotated[int | None, typer.Option(help="Steps between nowcasts. [default: the nowcaster's own]")] = None,
+    history_device: Annotated[str, typer.Option(help="Where snapshots live: cpu, model or disk:PATH.")] = "cpu",
+    history_dtype: Annotated[str, typer.Option(help="Dtype of snapshots.")] = "float32",
+    batch_tokens: Annotated[int, typer.Option(help="Tokens of an optimizer step, to guess its length.")] = 32768,
+    step_seconds: Annotated[float | None, typer.Option(help="Length of an optimizer step, if you know it.")] = None,
+    json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+) -> None:
+    """Say what nowcasts would cost a model on this machine: memory of snapshots, seconds, share of training time.
+
+    The model is built from its configuration, without weights; a nowcast is timed on a small matrix.
+
+    Example: hf-nino estimate ./my-model --period 1000
+    """
+    from .commands.estimate import as_json, as_table, estimate_model
+
+    name, found = estimate_model(
+        model,
+        nowcaster,
+        period=period,
+        history_device=history_device,
+        history_dtype=history_dtype,
+        batch_tokens=batch_tokens,
+        seconds_per_step=step_seconds,
+    )
+    typer.echo(as_json(name, found) if json else as_table(name, nowcaster, found))
 
 
 @app.command()

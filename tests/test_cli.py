@@ -1,5 +1,6 @@
 """The hf-nino command: every command does what its help says, and fails in one line."""
 
+import json
 import sys
 
 import pytest
@@ -8,7 +9,7 @@ from typer.testing import CliRunner
 
 from hf_nino import __version__, cli, load_nowcaster
 
-COMMANDS = ["demo", "convert", "graph", "version"]
+COMMANDS = ["demo", "convert", "graph", "estimate", "version"]
 
 
 def run(*arguments: str) -> str:
@@ -60,15 +61,32 @@ def test_convert_writes_a_folder_that_loads_as_a_nowcaster(shared, tmp_path):
     assert sum(p.numel() for p in nowcaster.parameters()) == 5160
 
 
-def test_graph_summarizes_a_folder_and_draws_it(tmp_path):
-    """From a configuration alone: the parameters that the model has (tied ones once), and a PNG if asked for."""
+def test_graph_summarizes_a_folder_and_draws_it_twice(tmp_path):
+    """From a configuration alone: the parameters that the model has (tied ones once), a diagram and a matrix."""
     from transformers import GPT2LMHeadModel
 
     folder = gpt2_folder(tmp_path / "model")
     parameters = sum(p.numel() for p in GPT2LMHeadModel(GPT2Config.from_pretrained(folder)).parameters())
-    output = run("graph", str(folder), "--plot", str(tmp_path / "graph.png"))
+    output = run("graph", str(folder), "--out", str(tmp_path / "pictures"))
     assert f"{parameters:,} parameters" in output
-    assert (tmp_path / "graph.png").read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
+    for kind in ("diagram", "matrix"):
+        picture = tmp_path / "pictures" / f"model-{kind}.png"
+        assert f"{kind.capitalize()}: {picture}" in output
+        assert picture.read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
+
+
+def test_graph_draws_into_the_current_folder_unless_told_otherwise(tmp_path, monkeypatch):
+    """In the format that was asked for; nowhere with --no-plot, nor with --json unless a folder is given."""
+    folder = gpt2_folder(tmp_path / "model")
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    run("graph", str(folder), "--no-plot")
+    found = json.loads(run("graph", str(folder / "config.json"), "--json", "--meta"))
+    assert not list((tmp_path / "here").iterdir())
+    assert (found["model"], found["pictures"]) == ("model: GPT2LMHeadModel", {})
+    assert sum(group["size"] * group["count"] for group in found["groups"]) == found["nodes"]
+    run("graph", str(folder), "--format", "svg")
+    assert {path.name for path in (tmp_path / "here").iterdir()} == {"model-diagram.svg", "model-matrix.svg"}
 
 
 @pytest.mark.parametrize(

@@ -239,7 +239,11 @@ def pointwise(trace: Trace, call: Call) -> None:
     for other in active[1:]:
         ids = join(trace, ids, aligned(trace.ids(other), dims))
     for constant in tensors:
-        if trace.view(constant) is None and trace.ids(constant) is None:
+        if trace.view(constant) is not None or trace.ids(constant) is not None:
+            continue
+        if trace.saved_vector(constant) is not None and constant.shape[0] == ids.shape[-1]:
+            views.append(constant)
+        else:
             _pin_by_constant(trace, ids, constant, result.shape)
     multiplies = call.name.removeprefix("aten::") in MULTIPLIES
     for view in views:

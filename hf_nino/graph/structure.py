@@ -425,11 +425,11 @@ class NeuralGraph:
 
         return to_pyg(self, states, features=features, pos=pos)
 
-    def plot(self, path=None):
-        """A picture of the groups and blocks; see :func:`hf_nino.graph.plot.plot`."""
+    def plot(self, path=None, kind: str = "diagram", *, title: str = ""):
+        """A picture, ``"diagram"`` or ``"matrix"``; see :func:`hf_nino.graph.plot.plot`."""
         from .plot import plot
 
-        return plot(self, path)
+        return plot(self, path, kind, title=title)
 
     def __iter__(self) -> Iterator[EdgeBlock]:
         return iter(self.trainable_blocks)

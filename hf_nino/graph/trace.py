@@ -85,6 +85,7 @@ class Trace(TorchDispatchMode):
         for name, tensor in (parameters or dict(model.named_parameters())).items():
             self._register(name, tensor)
         self._buffers = {id(buffer): (name, buffer) for name, buffer in model.named_buffers()}
+        self._saved = model.state_dict(keep_vars=True).keys()
 
     def _register(self, name: str, tensor: Tensor) -> None:
         self.shapes[name] = tuple(tensor.shape)
@@ -102,6 +103,13 @@ class Trace(TorchDispatchMode):
         if id(tensor) not in self._views and id(tensor) in self._buffers:
             self._register(*self._buffers[id(tensor)])
         return self._views.get(id(tensor))
+
+    def saved_vector(self, tensor: Tensor) -> ParameterView | None:
+        """A vector that checkpoints bring along (a router's correction), as if it were a frozen parameter."""
+        name, _ = self._buffers.get(id(tensor), (None, None))
+        if name not in self._saved or tensor.dim() != 1 or not tensor.is_floating_point():
+            return None
+        return self.buffer_view(tensor)
 
     def ids(self, tensor: Any) -> Tensor | None:
         """Compact neuron ids of an activation, or ``None``."""
