@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
-from collections.abc import Sequence
 
 import torch
-from torch import Tensor
 
 from .structure import NeuralGraph, NeuronGroup, Nodes, Symmetry, contiguous_strides
 from .verify import PermutationTest
+
+TOLD_APART = "told apart by what uses them"
+"""Why neurons are pinned that were proposed together, but of which each is used like no other."""
 
 
 def verified(graph: NeuralGraph, test: PermutationTest) -> NeuralGraph:
@@ -20,27 +21,41 @@ def verified(graph: NeuralGraph, test: PermutationTest) -> NeuralGraph:
     projection makes): such parts are tested before all is given up.
     """
     refuted = test.refuted()
+    graph = dataclasses.replace(graph, report=(*graph.report, *test.remarks))
+    if not test.conclusive:
+        # Nothing is proven, and nothing disproven.
+        return dataclasses.replace(graph, symmetries=())
     if not refuted:
         return graph
     private: set[int] = set()
+    told_apart: set[int] = set()
     report = list(graph.report)
     kept = [symmetry for symmetry in graph.symmetries if symmetry not in refuted]
     for symmetry in refuted:
         cuts = (parts_by_use(graph, symmetry, apart) for apart in (False, True))
-        parts = next((cut for cut in cuts if cut and all(test.holds(part) for part in cut)), [])
-        if parts:
+        parts = next((cut for cut in cuts if cut is not None and all(test.holds(part) for part in cut)), None)
+        single = symmetry.name.startswith("neurons of")
+        if parts or (parts is not None and single):
             kept += parts
-        elif symmetry.name.startswith("neurons of"):
-            private |= set(_group_of(graph.group_offsets, symmetry.units.unique()).tolist())
+            told_apart |= _groups_of(graph, symmetry)
+        elif single:
+            private |= _groups_of(graph, symmetry)
             report.append(f"refuted: {symmetry.name}; their parameters get private neurons")
         else:
             report.append(f"refuted: {symmetry.name}; they stay where they are")
-    graph = dataclasses.replace(graph, symmetries=tuple(kept), report=tuple(report))
+    told_apart = told_apart.difference(*(_groups_of(graph, symmetry) for symmetry in kept))
+    groups = [
+        dataclasses.replace(group, pinned=group.pinned or TOLD_APART) if number in told_apart else group
+        for number, group in enumerate(graph.groups)
+    ]
+    graph = dataclasses.replace(graph, groups=tuple(groups), symmetries=tuple(kept), report=tuple(report))
     return privatize(graph, private) if private else graph
 
 
-def parts_by_use(graph: NeuralGraph, symmetry: Symmetry, apart: bool) -> list[Symmetry]:
-    """A symmetry cut into those of its units that the same parameters know; none if it cannot be cut.
+def parts_by_use(graph: NeuralGraph, symmetry: Symmetry, apart: bool) -> list[Symmetry] | None:
+    """A symmetry cut into those of its units that the same parameters know; ``None`` if it cannot be cut.
+
+    Units that nothing else is used like are in no part.
 
     Args:
         apart: tell edges between the same groups apart as well, if they were recorded one by one.
@@ -67,11 +82,13 @@ def parts_by_use(graph: NeuralGraph, symmetry: Symmetry, apart: bool) -> list[Sy
             if count > 1:
                 rows = units[blocks][chosen[blocks]].view(int(blocks.sum()), count, -1)
                 parts.append(Symmetry(f"{symmetry.name}, part {len(parts) + 1}", rows))
-    return parts if len(uses) > 1 else []
+    return parts if len(uses) > 1 else None
 
 
-def _group_of(offsets: Sequence[int], nodes: Tensor) -> Tensor:
-    return torch.searchsorted(torch.tensor(offsets), nodes, right=True) - 1
+def _groups_of(graph: NeuralGraph, symmetry: Symmetry) -> set[int]:
+    """The groups whose neurons a symmetry moves."""
+    offsets = torch.tensor(graph.group_offsets)
+    return set((torch.searchsorted(offsets, symmetry.units.unique(), right=True) - 1).tolist())
 
 
 def privatize(graph: NeuralGraph, private: set[int]) -> NeuralGraph:
@@ -88,11 +105,7 @@ def privatize(graph: NeuralGraph, private: set[int]) -> NeuralGraph:
                 changes[side] = Nodes(len(groups) - 1, nodes.sizes, contiguous_strides(nodes.sizes))
         blocks.append(dataclasses.replace(block, **changes))
     constants = [c for c in graph.constants if not {c.source.group, c.target.group} & private]
-    symmetries = [
-        symmetry
-        for symmetry in graph.symmetries
-        if not private.intersection(_group_of(graph.group_offsets, symmetry.units.unique()).tolist())
-    ]
+    symmetries = [symmetry for symmetry in graph.symmetries if not private & _groups_of(graph, symmetry)]
     return _without_empty_groups(graph, groups, blocks, constants, symmetries)
 
 

@@ -14,7 +14,7 @@ from transformers.utils import logging
 
 from .acceptance import verified
 from .experts import merge_slices, pin_choosers
-from .inputs import split_inputs
+from .inputs import TOKENS_PER_EXPERT, split_inputs
 from .provenance import ParameterUse, Record, Role
 from .selections import Segment, segments
 from .structure import (
@@ -46,7 +46,7 @@ def build_graph(model: nn.Module, example_inputs: Any = None, *, verify: bool = 
         model: any module; its mode, attention implementation and random state are left as they were.
         example_inputs: what one call gets: a dict of keyword arguments, a tuple of arguments, or one argument.  Made
             up when ``None`` for transformers models that take ``input_ids`` or ``pixel_values``.
-        verify: test every proposed permutation on random weights (needs two more copies of the parameters, for the
+        verify: test every proposed permutation on random weights (needs three more copies of the parameters, for the
             time of the test) and give private neurons to what fails.  Without it, nothing is proven.  Models on the
             meta device or with more than 300 million parameters are traced without their weights, and what holds for
             a narrow twin of them (:mod:`hf_nino.graph.twin`) counts as verified.
@@ -64,7 +64,7 @@ def build_graph(model: nn.Module, example_inputs: Any = None, *, verify: bool = 
         )
     sizes = [parameter.numel() for parameter in model.parameters()]
     hollow = sum(sizes) > LARGE or any(parameter.is_meta for parameter in model.parameters())
-    arguments, keywords = split_inputs(model, example_inputs)
+    arguments, keywords = split_inputs(model, example_inputs, 1 if hollow else TOKENS_PER_EXPERT)
     try:
         traced = trace(model, arguments, keywords, hollow)
     except Exception as error:
@@ -128,34 +128,24 @@ class Builder:
         return found
 
     def _make_groups(self) -> None:
-        """Neurons of one origin form a group: made by the same axes of the same parameters, for the same roles."""
+        """Neurons of one origin and one use form a group: made and read by the same axes of the same parameters."""
         record = self.record
-        starts = np.array([allocation.start for allocation in record.allocations])
+        starts = np.array([allocation.start for allocation in record.allocations], dtype=np.int64)
         families: dict[str, int] = {}
         first = [families.setdefault(a.family, i) if a.family else i for i, a in enumerate(record.allocations)]
         allocation = np.searchsorted(starts, np.arange(record.count), side="right") - 1
-        rank_of = np.array([a.rank for a in record.allocations])[allocation]
-        allocation = np.array(first)[allocation]
-        origin = allocation * len(Role) + record.roles(torch.arange(record.count))
-        roots = self.root[self.members]
-        order = np.argsort(roots, kind="stable")
-        sorted_roots, sorted_origins = roots[order], origin[self.members][order]
-        firsts = np.flatnonzero(np.r_[len(roots) > 0, np.diff(sorted_roots) != 0])
-        counts = np.diff(np.r_[firsts, len(sorted_roots)])
-        index_of: dict[tuple[int, ...], int] = {}
-        group = np.empty(len(self.nodes), dtype=np.int64)
-        single = counts == 1
-        kinds, inverse = np.unique(sorted_origins[firsts[single]], return_inverse=True)
-        numbers = np.array([index_of.setdefault((int(kind),), len(index_of)) for kind in kinds], dtype=np.int64)
-        group[single] = numbers[inverse]
-        for place in np.flatnonzero(~single):
-            signature = tuple(sorted(sorted_origins[firsts[place] : firsts[place] + counts[place]].tolist()))
-            group[place] = index_of.setdefault(signature, len(index_of))
+        rank_of = np.array([a.rank for a in record.allocations], dtype=np.int64)[allocation]
+        origin = np.array(first, dtype=np.int64)[allocation] * len(Role) + record.roles(torch.arange(record.count))
         # Number the groups by their first neuron, which is the order of the forward pass.
-        _, first_node = np.unique(group, return_index=True)
+        _, first_node, group = np.unique(self._sets(origin)[self.nodes], return_index=True, return_inverse=True)
         rank = np.argsort(np.argsort(first_node))
         group = rank[group]
-        signatures = [signature for signature, _ in sorted(index_of.items(), key=lambda item: rank[item[1]])]
+        members = self.members[np.argsort(self.root[self.members], kind="stable")]
+        begins, ends = (
+            np.searchsorted(self.root[members], self.nodes[np.sort(first_node)], side=side)
+            for side in ("left", "right")
+        )
+        signatures = [sorted(origin[members[a:b]].tolist()) for a, b in zip(begins, ends, strict=True)]
         self.group_sizes = np.bincount(group, minlength=len(signatures))
         self.group_of = np.full(record.count, -1)
         self.group_of[self.nodes] = group
@@ -166,7 +156,22 @@ class Builder:
         self.offsets = starts_of
         self.groups = self._describe(signatures, by_group)
 
-    def _describe(self, signatures: list[tuple[int, ...]], by_group: np.ndarray) -> list[NeuronGroup]:
+    def _sets(self, origin: np.ndarray) -> np.ndarray:
+        """One number for what made each neuron and what parameters use it, int64 [ids]: a sum of random numbers."""
+        generator = np.random.default_rng(0)
+        numbers: dict[tuple, int] = {}
+        total = np.zeros(self.record.count, dtype=np.int64)
+        kinds, kind = np.unique(origin[self.members], return_inverse=True)
+        of_kind = generator.integers(1, 2**62, len(kinds))
+        np.add.at(total, self.root[self.members], of_kind[kind])
+        for use in self.record.uses:
+            for side in ("source", "target"):
+                what = (use.parameter, use.edge_type, side)
+                number = numbers.setdefault(what, int(generator.integers(1, 2**62)))
+                total[np.unique(self.root[getattr(use, side).numpy()])] += number
+        return total
+
+    def _describe(self, signatures: list[list[int]], by_group: np.ndarray) -> list[NeuronGroup]:
         record = self.record
         described = []
         names: dict[str, int] = defaultdict(int)

@@ -337,6 +337,8 @@ def convolve(trace: Trace, call: Call) -> None:
         gains_of_weight(trace, view, {out_elements: target})
         if groups > 1:
             record.confined += [*sources.split(per_source), *target.split(per_out)]
+            # Groups are no heads: each reads channels of its own.
+            record.lose(target)
         shape = [1] * result.dim()
         shape[1] = total
         trace.set_ids(result, target.view(shape).expand(result.shape))

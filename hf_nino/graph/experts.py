@@ -57,15 +57,17 @@ def route(trace: Trace, view: ParameterView, source: Tensor, target: Tensor) -> 
     if router is None:
         record.confined.append(target)
         return
-    units = torch.cat([record.find(fine) for coarse, fine in record.stars if coarse[0] in router] or [router[:0]])
-    if not torch.isin(record.find(source), units).any():
-        _hold(record, router[view.slice], target)
+    expert = router[view.slice : view.slice + 1]
+    held = record.held.get(int(expert))
+    if held is None or not torch.isin(record.find(source), record.find(held)).any():
+        _hold(record, expert, target)
 
 
 def _hold(record: Record, expert: Tensor, units: Tensor) -> None:
     experts = expert.expand(len(units))
     record.connect(EdgeType.HEAD, experts, units)
     record.stars.append((experts.clone(), units.clone()))
+    record.held[int(expert)] = torch.cat([record.held.get(int(expert), units[:0]), units])
 
 
 def unite_slices(trace: Trace, ids: Tensor, dims: list[int]) -> Tensor | None:
@@ -77,6 +79,8 @@ def unite_slices(trace: Trace, ids: Tensor, dims: list[int]) -> Tensor | None:
     if len(dims) != 1 or ids.shape[dims[0]] < 2 or bool((ids < 0).any()):
         return None
     parts = ids.unbind(dims[0])
+    if record.allocation(int(parts[0].min())).family is None:
+        return None
     made_by = [record.allocation(int(part.min())) for part in parts]
     if made_by[0].family is None or len({a.family for a in made_by}) != 1 or len({a.start for a in made_by}) == 1:
         return None
@@ -159,7 +163,8 @@ def _missing(
         return []
     pattern = uses[0]
     key = int(router[0])
-    own = {int(n) for head, unit in record.stars if head[0] == router[pattern.slice] for n in record.find(unit)}
+    held = record.held.get(int(router[pattern.slice]))
+    own = set() if held is None else set(record.find(held).tolist())
     found = []
     for expert in missing:
         known = new_units.setdefault((key, expert), {})

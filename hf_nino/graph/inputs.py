@@ -30,11 +30,15 @@ LONGEST = 32
 """Bound on what mixtures of experts ask for; experts beyond it follow the pattern of those that were reached."""
 
 
-def split_inputs(model: nn.Module, example_inputs: Any) -> tuple[tuple, dict[str, Any]]:
+def split_inputs(
+    model: nn.Module, example_inputs: Any, tokens_per_expert: int = TOKENS_PER_EXPERT
+) -> tuple[tuple, dict[str, Any]]:
     """Example inputs as (positional arguments, keyword arguments); made up for transformers models when ``None``.
 
     Args:
         example_inputs: a dict (keywords), a tuple or list (arguments), or one argument.
+        tokens_per_expert: how long sentences are made up for mixtures of experts; 1 is enough where a router's choices
+            are spread (:func:`hf_nino.graph.experts.spread_choices`).
 
     Raises:
         ValueError: none were given and the model does not say what it takes.
@@ -45,10 +49,10 @@ def split_inputs(model: nn.Module, example_inputs: Any) -> tuple[tuple, dict[str
         return tuple(example_inputs), {}
     if example_inputs is not None:
         return (example_inputs,), {}
-    return (), _transformers_inputs(model)
+    return (), _transformers_inputs(model, tokens_per_expert)
 
 
-def _transformers_inputs(model: nn.Module) -> dict[str, Any]:
+def _transformers_inputs(model: nn.Module, tokens_per_expert: int) -> dict[str, Any]:
     inner = model.get_base_model() if hasattr(model, "get_base_model") else model
     config = getattr(inner, "config", None)
     main = getattr(inner, "main_input_name", None)
@@ -66,16 +70,16 @@ def _transformers_inputs(model: nn.Module) -> dict[str, Any]:
         if "spatial_shapes" in takes:
             inputs |= _patches(getattr(config, "vision_config", config))
         if "input_ids" in takes:
-            inputs["input_ids"] = _tokens(inner, config, main)
+            inputs["input_ids"] = _tokens(inner, config, main, tokens_per_expert)
     elif main in ("input_ids", "inputs"):
-        inputs[main] = _tokens(inner, config, main)
+        inputs[main] = _tokens(inner, config, main, tokens_per_expert)
     else:
         raise ValueError(
             f"`example_inputs` must be given for a {type(model).__name__}, whose main input is {main!r}: "
             "pass a dict of keyword arguments for one call of the model"
         )
     if getattr(config, "is_encoder_decoder", False) and "decoder_input_ids" in takes:
-        inputs["decoder_input_ids"] = _tokens(inner, config, "decoder_input_ids")
+        inputs["decoder_input_ids"] = _tokens(inner, config, "decoder_input_ids", tokens_per_expert)
     if "lang_ids" in takes and hasattr(config, "languages"):
         # Each language has adapters of its own: one row of the batch for each.
         inputs = {name: x.expand(len(config.languages), -1) for name, x in inputs.items()}
@@ -139,12 +143,12 @@ def _vocabulary(model: nn.Module, config: Any) -> int:
     return found or 256
 
 
-def _length(config: Any) -> int:
+def _length(config: Any, tokens_per_expert: int) -> int:
     """Tokens of a sequence: more where experts are to be reached or attention is sparse by blocks."""
     text = _text(config)
     length = SEQUENCE_LENGTH
     experts, chosen = (_first_int(text, names) for names in (EXPERTS, EXPERTS_PER_TOKEN))
-    length = max(length, min(LONGEST, TOKENS_PER_EXPERT * experts // max(1, chosen)))
+    length = max(length, min(LONGEST, tokens_per_expert * experts // max(1, chosen)))
     if getattr(text, "attention_type", None) == "block_sparse":
         # Shorter sequences switch to full attention for good.
         length = (6 + 2 * text.num_random_blocks) * text.block_size
@@ -165,11 +169,11 @@ def _special_tokens(config: Any) -> Iterator[int]:
                 yield from value if isinstance(value, (list, tuple)) else [value]
 
 
-def _tokens(model: nn.Module, config: Any, name: str) -> Tensor:
+def _tokens(model: nn.Module, config: Any, name: str, tokens_per_expert: int) -> Tensor:
     vocabulary = _vocabulary(model, config)
     special = {token for token in _special_tokens(config) if isinstance(token, int)}
     plain = torch.tensor([token for token in range(vocabulary) if token not in special] or range(vocabulary))
-    tokens = plain[torch.randint(0, len(plain), (1, _length(config)), generator=_generator())]
+    tokens = plain[torch.randint(0, len(plain), (1, _length(config, tokens_per_expert)), generator=_generator())]
     end = getattr(config, "eos_token_id", None)
     if name == "input_ids" and getattr(config, "is_encoder_decoder", False) and isinstance(end, int):
         # Classifiers of this family read the state of the last token that ends a sentence.

@@ -101,7 +101,11 @@ def move(trace: Trace, call: Call) -> None:
             own = tuple(parts[number] for parts in gains if parts)
             trace.set_view(result, replace(part, slice=index, slices=slices, gains=own))
     elif (ids := trace.full_ids(first)) is not None:
-        moved = call.function(**on_cpu(arguments | {key: ids.contiguous()}))
+        try:
+            # As they are, expanded over positions; most movements keep that.
+            moved = call.function(**on_cpu(arguments | {key: ids}))
+        except RuntimeError:
+            moved = call.function(**on_cpu(arguments | {key: ids.contiguous()}))
         moved = [moved] if isinstance(moved, Tensor) else list(moved)
         for result, new in zip(call.results, moved, strict=True):
             trace.set_ids(result, new)

@@ -69,8 +69,8 @@ def gather_sums(trace: Trace, call: Call) -> None:
         forget(trace, call, f"operator {call.name} along neurons")
         return
     joined = None if not ids else (ids[0] if len(ids) == 1 else join(trace, *ids)).expand(result.shape)
-    if call.name.endswith("_") and joined is not None:
-        # An accumulator may be written through a view of it.
+    if call.name.endswith("_") and joined is not None and destination._is_view():
+        # An accumulator that is written through a view of it.
         trace.write(result, joined, through=True)
     else:
         trace.set_ids(result, joined)

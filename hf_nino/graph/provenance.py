@@ -90,6 +90,8 @@ class Record:
     pin_reasons: list[str] = field(default_factory=list)
     routers: dict[str, Tensor] = field(default_factory=dict)
     """Parameter with one slice for each expert -> the neurons of the router that chooses among them."""
+    held: dict[int, Tensor] = field(default_factory=dict)
+    """A router's neuron -> the units of its expert."""
     last_router: Tensor | None = None
     choosers: list[Tensor] = field(default_factory=list)
     """Neurons among which the highest was chosen, by its number: all routers."""
@@ -116,20 +118,25 @@ class Record:
         """Hand out ``size`` fresh ids, int64 [size]."""
         start, self.count = self.count, self.count + size
         self.allocations.append(Allocation(name, kind, start, size, family, rank))
-        self._parent = np.concatenate([self._parent, np.arange(start, self.count)])
-        self._read = np.concatenate([self._read, np.zeros(size, dtype=bool)])
-        self._pin = np.concatenate([self._pin, np.zeros(size, dtype=np.int32)])
-        self._lost = np.concatenate([self._lost, np.zeros(size, dtype=bool)])
-        self._role = np.concatenate([self._role, np.zeros(size, dtype=np.int8)])
+        if self.count > len(self._parent):
+            self._reserve(self.count + self.count // 4)
         ids = torch.arange(start, self.count)
         if pinned is not None:
             self.pin(ids, pinned)
         return ids
 
+    def _reserve(self, capacity: int) -> None:
+        """Room for more ids than there are, so that a million of them are not copied for every new group."""
+        more = capacity - len(self._parent)
+        self._parent = np.concatenate([self._parent, np.arange(len(self._parent), capacity)])
+        self._read, self._pin, self._lost, self._role = (
+            np.concatenate([flags, np.zeros(more, dtype=flags.dtype)])
+            for flags in (self._read, self._pin, self._lost, self._role)
+        )
+
     def allocation(self, neuron: int) -> Allocation:
         """Which allocation an id comes from."""
-        starts = [allocation.start for allocation in self.allocations]
-        return self.allocations[bisect.bisect_right(starts, neuron) - 1]
+        return self.allocations[bisect.bisect_right(self.allocations, neuron, key=lambda made: made.start) - 1]
 
     def find(self, ids: Tensor) -> Tensor:
         """The representative of each id; ``NONE`` stays ``NONE``."""
@@ -172,6 +179,10 @@ class Record:
         number = self.pin_reasons.index(reason) + 1
         self._pin[roots] = np.where(self._pin[roots] == 0, number, self._pin[roots])
 
+    def lose(self, ids: Tensor) -> None:
+        """Leave the heads that these neurons belong to out of what is proposed."""
+        self._lost[self._roots(ids)] = True
+
     def is_lost(self, ids: Tensor) -> bool:
         return bool(self._lost[self._roots(ids)].any())
 
@@ -196,8 +207,13 @@ class Record:
 
         Roles stay with the ids that parameters made, not with the neuron, which may be a query and a key at once.
         """
-        same = np.isin(self.find(torch.arange(self.count)).numpy(), self._roots(ids))
-        self._role[same & (self._role == Role.PLAIN)] = role
+        roots = self._roots(ids)
+        if not len(roots):
+            return
+        # The representative of a neuron is the lowest of its ids.
+        candidates = torch.arange(int(roots[0]), self.count)
+        same = candidates.numpy()[np.isin(self.find(candidates).numpy(), roots)]
+        self._role[same[self._role[same] == Role.PLAIN]] = role
 
     def roles(self, ids: Tensor) -> np.ndarray:
         return self._role[ids.numpy()]
@@ -221,6 +237,9 @@ def compact(ids: Tensor) -> Tensor:
     for dim in range(ids.dim()):
         if ids.shape[dim] > 1:
             first = ids.narrow(dim, 0, 1)
+            if ids.stride(dim) == 0:
+                ids = first
+                continue
             if bool((ids == first).all()):
                 ids = first
     return ids
@@ -235,10 +254,9 @@ def unique_pairs(first: Tensor, second: Tensor) -> tuple[Tensor, Tensor]:
     """The distinct pairs of two id tensors of the same shape, leaving out those with ``NONE``."""
     first, second = first.flatten(), second.flatten()
     valid = (first >= 0) & (second >= 0)
-    pairs = torch.stack([first[valid], second[valid]])
-    if pairs.shape[1]:
-        pairs = torch.unique(pairs, dim=1)
-    return pairs[0], pairs[1]
+    base = int(second.max()) + 1 if second.numel() else 1
+    code = (first * base + second)[valid].unique()
+    return code // base, code % base
 
 
 def is_function(source: Tensor) -> bool:

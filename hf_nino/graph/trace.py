@@ -13,6 +13,7 @@ it, so that a trace never fails where the model itself runs.
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -71,8 +72,9 @@ class Trace(TorchDispatchMode):
         self._views: dict[int, ParameterView] = {}
         # Ids of storages that were written piece by piece: their tensors see what was written through others.
         self._canvases: dict[int, Tensor] = {}
-        # Strong references keep id() of every tensor of the trace unique.
-        self._alive: dict[int, Tensor] = {}
+        self._written: list[Tensor] = []
+        # What is known of a tensor is forgotten when it dies, since its id() may then be another's.
+        self._alive: dict[int, weakref.ref[Tensor]] = {}
         # Activations that come from neurons but could not be followed to any.
         self._opaque: set[int] = set()
         # Numbers computed from one parameter alone: its mean, its norm; the parameter's name.
@@ -80,7 +82,9 @@ class Trace(TorchDispatchMode):
         # One number for each head, from its channels: the lowest id of those (a norm's variance).
         self._summaries: dict[int, Tensor] = {}
         self._inputs = {id(leaf) for leaf in tree_leaves(inputs) if isinstance(leaf, Tensor)}
-        self._alive.update({id(leaf): leaf for leaf in tree_leaves(inputs) if isinstance(leaf, Tensor)})
+        for leaf in tree_leaves(inputs):
+            if isinstance(leaf, Tensor):
+                self._keep(leaf)
         self.shapes: dict[str, tuple[int, ...]] = {}
         for name, tensor in (parameters or dict(model.named_parameters())).items():
             self._register(name, tensor)
@@ -89,8 +93,20 @@ class Trace(TorchDispatchMode):
 
     def _register(self, name: str, tensor: Tensor) -> None:
         self.shapes[name] = tuple(tensor.shape)
-        self._alive[id(tensor)] = tensor
+        self._keep(tensor)
         self._views[id(tensor)] = ParameterView(name, torch.empty(tensor.shape, device="meta"))
+
+    def _keep(self, tensor: Tensor) -> None:
+        """Remember things about a tensor as long as it lives."""
+        key = id(tensor)
+        if key not in self._alive:
+            self._alive[key] = weakref.ref(tensor, lambda _: self._forget(key))
+
+    def _forget(self, key: int) -> None:
+        for known in (self._alive, self._ids, self._views, self._statistics, self._summaries):
+            known.pop(key, None)
+        self._opaque.discard(key)
+        self._inputs.discard(key)
 
     def view(self, tensor: Any) -> ParameterView | None:
         """The parameter that a tensor is a view of."""
@@ -127,12 +143,13 @@ class Trace(TorchDispatchMode):
         return None if ids is None else ids.expand(tensor.shape)
 
     def set_ids(self, tensor: Tensor, ids: Tensor | None) -> None:
-        self._alive[id(tensor)] = tensor
+        self._keep(tensor)
         self._views.pop(id(tensor), None)
+        ids = None if ids is None else compact(ids)
         if ids is None or bool((ids < 0).all()):
             self._ids.pop(id(tensor), None)
         else:
-            self._ids[id(tensor)] = compact(ids)
+            self._ids[id(tensor)] = ids
 
     def write(self, destination: Tensor, ids: Tensor | None, through: bool = False) -> None:
         """Ids of a tensor that was written in place, perhaps only a part of its storage.
@@ -141,6 +158,8 @@ class Trace(TorchDispatchMode):
             through: tensors of another shape with the same storage see it even if all of the storage is written.
         """
         storage = destination.untyped_storage()
+        # Other views of the storage are looked up through this one.
+        self._written.append(destination)
         numel = storage.nbytes() // destination.element_size()
         whole = destination.numel() == numel and not through
         if (whole and storage._cdata not in self._canvases) or destination.is_meta:
@@ -149,12 +168,12 @@ class Trace(TorchDispatchMode):
         if storage._cdata not in self._canvases:
             canvas = torch.full((numel,), NONE)
             for key, known in self._ids.items():
-                tensor = self._alive[key]
-                if tensor.untyped_storage()._cdata == storage._cdata:
+                tensor = self._alive[key]()
+                if tensor is not None and tensor.untyped_storage()._cdata == storage._cdata:
                     part = canvas.as_strided(tensor.shape, tensor.stride(), tensor.storage_offset())
                     part.copy_(known.expand(tensor.shape))
             self._canvases[storage._cdata] = canvas
-        self._alive[id(destination)] = destination
+        self._keep(destination)
         self._ids.pop(id(destination), None)
         part = self._canvases[storage._cdata].as_strided(
             destination.shape, destination.stride(), destination.storage_offset()
@@ -165,7 +184,7 @@ class Trace(TorchDispatchMode):
         return not tensor.is_meta and tensor.untyped_storage()._cdata in self._canvases
 
     def set_view(self, tensor: Tensor, view: ParameterView) -> None:
-        self._alive[id(tensor)] = tensor
+        self._keep(tensor)
         self._views[id(tensor)] = view
 
     def is_input(self, tensor: Tensor) -> bool:
@@ -173,7 +192,7 @@ class Trace(TorchDispatchMode):
         return id(tensor) in self._inputs
 
     def mark_input(self, tensor: Tensor) -> None:
-        self._alive[id(tensor)] = tensor
+        self._keep(tensor)
         self._inputs.add(id(tensor))
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
@@ -190,7 +209,7 @@ class Trace(TorchDispatchMode):
             for result in call.results:
                 if self.ids(result) is None and id(result) not in self._views:
                     self._opaque.add(id(result))
-                    self._alive[id(result)] = result
+                    self._keep(result)
                 else:
                     self._opaque.discard(id(result))
 
@@ -200,7 +219,7 @@ class Trace(TorchDispatchMode):
         return None if found is None else compact(self.record.find(found))
 
     def set_summary(self, tensor: Tensor, lowest: Tensor) -> None:
-        self._alive[id(tensor)] = tensor
+        self._keep(tensor)
         self._summaries[id(tensor)] = lowest
 
     def statistic(self, tensor: Tensor) -> str | None:
@@ -208,7 +227,7 @@ class Trace(TorchDispatchMode):
         return self._statistics.get(id(tensor))
 
     def set_statistic(self, tensor: Tensor, parameter: str) -> None:
-        self._alive[id(tensor)] = tensor
+        self._keep(tensor)
         self._statistics[id(tensor)] = parameter
 
     def is_opaque(self, tensor: Tensor) -> bool:

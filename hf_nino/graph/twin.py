@@ -15,8 +15,9 @@ from typing import Any
 import torch
 from torch import nn
 
+from .acceptance import parts_by_use, verified
 from .inputs import split_inputs
-from .structure import NeuralGraph
+from .structure import NeuralGraph, Symmetry
 from .verify import PermutationTest
 
 HEAD_SIZE = 8
@@ -46,32 +47,63 @@ def shrunk(config: Any) -> Any:
     """The configuration with small widths; depth, heads, experts and all switches as they are."""
     config = copy.deepcopy(config)
     for part in [config, *(getattr(config, name, None) for name in getattr(config, "sub_configs", {}))]:
-        if part is None:
-            continue
-        for name, small in WIDTHS.items():
-            if isinstance(getattr(part, name, None), int):
-                setattr(part, name, min(small, getattr(part, name)))
-        heads = next(
-            (getattr(part, n) for n in ("num_attention_heads", "n_head", "num_heads") if hasattr(part, n)), None
-        )
-        if isinstance(getattr(part, "head_dim", None), int) and "qk_rope_head_dim" not in vars(part):
-            part.head_dim = HEAD_SIZE
-        for name in ("hidden_size", "n_embd", "d_model"):
-            if isinstance(getattr(part, name, None), int) and isinstance(heads, int):
-                setattr(part, name, heads * HEAD_SIZE)
-        for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
-            if isinstance(getattr(part, name, None), int):
-                setattr(part, name, getattr(part, name) % WIDTHS["vocab_size"])
-            elif isinstance(getattr(part, name, None), Sequence):
-                setattr(part, name, [token % WIDTHS["vocab_size"] for token in getattr(part, name)])
+        if part is not None:
+            _shrink(part)
     return config
 
 
-def verified_by_twin(model: nn.Module, graph: NeuralGraph) -> NeuralGraph:
-    """The graph with the symmetries that hold for a narrow twin of the model, and a line in the report.
+def _shrink(part: Any) -> None:
+    # What a configuration stores; others of its attributes are computed from these.
+    stored = vars(part)
+    widths = {name for name, value in stored.items() if isinstance(value, int)}
+    for name in widths & WIDTHS.keys():
+        setattr(part, name, min(WIDTHS[name], stored[name]))
+    heads = next((stored[name] for name in ("num_attention_heads", "n_head", "num_heads") if name in stored), None)
+    if "head_dim" in widths and "qk_rope_head_dim" not in stored:
+        # Mamba 2 is wider inside than its stream.
+        part.head_dim = HEAD_SIZE * (stored["expand"] if "expand" in widths else 1)
+    for name in widths & {"hidden_size", "n_embd", "d_model"}:
+        if isinstance(heads, int):
+            setattr(part, name, heads * HEAD_SIZE)
+    for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
+        token = getattr(part, name, None)
+        if isinstance(token, int):
+            setattr(part, name, token % WIDTHS["vocab_size"])
+        elif isinstance(token, Sequence):
+            setattr(part, name, [each % WIDTHS["vocab_size"] for each in token])
 
-    Symmetries that the twin refutes or does not have are dropped, and so are all of them where there is no twin:
-    nothing is called interchangeable without proof.
+
+class TwinTest:
+    """A permutation test of a twin, asked about a large model's symmetries, which have the same names.
+
+    Args:
+        graph: of the large model.
+        twin: the twin's graph, with all of its proposed symmetries.
+        test: of the twin.
+    """
+
+    def __init__(self, graph: NeuralGraph, twin: NeuralGraph, test: PermutationTest) -> None:
+        self.twin, self.test = twin, test
+        failed = {symmetry.name for symmetry in test.refuted()}
+        self._refuted = [symmetry for symmetry in graph.symmetries if symmetry.name in failed]
+        self.remarks, self.conclusive = test.remarks, test.conclusive
+
+    def refuted(self) -> list[Symmetry]:
+        """The large model's symmetries whose namesakes do not hold."""
+        return self._refuted
+
+    def holds(self, part: Symmetry) -> bool:
+        """Whether the same part of a refuted symmetry holds for the twin."""
+        cuts = (parts_by_use(self.twin, whole, apart) for apart in (False, True) for whole in self.twin.symmetries)
+        found = next((own for cut in cuts for own in cut or () if own.name == part.name), None)
+        return found is not None and self.test.holds(found)
+
+
+def verified_by_twin(model: nn.Module, graph: NeuralGraph) -> NeuralGraph:
+    """The graph with what holds for a narrow twin of the model, as if it had been tested itself, and a line about it.
+
+    Symmetries that the twin does not have are dropped, and so are all of them where there is no twin: nothing is
+    called interchangeable without proof.
     """
     from .build import build_graph
 
@@ -79,12 +111,14 @@ def verified_by_twin(model: nn.Module, graph: NeuralGraph) -> NeuralGraph:
         with torch.random.fork_rng(devices=[]):
             twin = type(model)(shrunk(model.config)).eval()
         proposed = build_graph(twin, verify=False)
-        refuted = PermutationTest(twin, *split_inputs(twin, None), proposed).refuted()
+        test = TwinTest(graph, proposed, PermutationTest(twin, *split_inputs(twin, None), proposed))
     except Exception as error:
         line = f"nothing is verified: there is no narrow twin of this model ({type(error).__name__}: {error})"
         return dataclasses.replace(graph, symmetries=(), report=(*graph.report, line))
-    holds = {symmetry.name for symmetry in proposed.symmetries} - {symmetry.name for symmetry in refuted}
-    kept = tuple(symmetry for symmetry in graph.symmetries if symmetry.name in holds)
-    lines = [f"verified on a narrow twin of the model: {len(kept)} of {len(graph.symmetries)} symmetries"]
-    lines += [f"refuted: {symmetry.name}" for symmetry in refuted]
-    return dataclasses.replace(graph, symmetries=kept, report=(*graph.report, *lines))
+    names = {symmetry.name for symmetry in proposed.symmetries}
+    missing = [symmetry.name for symmetry in graph.symmetries if symmetry.name not in names]
+    known = tuple(symmetry for symmetry in graph.symmetries if symmetry.name in names)
+    result = verified(dataclasses.replace(graph, symmetries=known), test)
+    lines = [f"verified on a narrow twin of the model: {len(result.symmetries)} of {len(graph.symmetries)} symmetries"]
+    lines += [f"not verified, since the twin has no such symmetry: {name}" for name in missing]
+    return dataclasses.replace(result, report=(*result.report, *lines))

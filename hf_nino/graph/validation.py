@@ -75,14 +75,12 @@ def _validate_coverage(graph: NeuralGraph) -> None:
             raise ValueError(f"a block of parameter {name!r} reaches beyond the parameter's {size} elements")
         if len(mine) == 1 and _is_whole(mine[0], size):
             continue
-        count = torch.zeros(size, dtype=torch.int8)
-        for block in mine:
-            elements = count.as_strided(block._sizes, block._strides, block.offset)
-            elements += 1
+        count, piece = _counts(mine, size)
         if int(count.min()) != 1 or int(count.max()) != 1:
+            none, several = int((count == 0).sum()) * piece, int((count > 1).sum()) * piece
             raise ValueError(
                 f"every element of parameter {name!r} must lie on exactly one edge, "
-                f"but {int((count == 0).sum())} lie on none and {int((count > 1).sum())} on several"
+                f"but {none} lie on none and {several} on several"
             )
 
 
@@ -90,11 +88,35 @@ def _last_element(block: EdgeBlock) -> int:
     return block.offset + sum((n - 1) * stride for n, stride in zip(block._sizes, block._strides, strict=True))
 
 
+def _runs(block: EdgeBlock) -> tuple[int, list[tuple[int, int]]]:
+    """A block's elements as runs of neighbours: their length, and (stride, size) of the axes that repeat them."""
+    axes = sorted((stride, n) for stride, n in zip(block._strides, block._sizes, strict=True) if n > 1)
+    length = 1
+    while axes and axes[0][0] == length:
+        length *= axes.pop(0)[1]
+    return length, axes
+
+
 def _is_whole(block: EdgeBlock, size: int) -> bool:
     """Whether a block is all of a parameter of ``size`` elements, in any order of its axes."""
-    step = 1
-    for stride, n in sorted((stride, n) for stride, n in zip(block._strides, block._sizes, strict=True) if n > 1):
-        if stride != step:
-            return False
-        step *= n
-    return block.offset == 0 and step == size
+    length, axes = _runs(block)
+    return block.offset == 0 and length == size and not axes
+
+
+def _counts(blocks: list[EdgeBlock], size: int) -> tuple[torch.Tensor, int]:
+    """On how many edges each piece of a parameter lies, int8, and the number of elements in a piece.
+
+    Pieces are the largest such that every block is made of whole ones: a row of a matrix, the slice of an expert.
+    """
+    runs = [_runs(block) for block in blocks]
+    ends = [n for (length, axes), block in zip(runs, blocks, strict=True) for n in (length, block.offset, *dict(axes))]
+    piece = math.gcd(size, *ends)
+    count = torch.zeros(size // piece, dtype=torch.int8)
+    for block, (length, axes) in zip(blocks, runs, strict=True):
+        sizes, strides = [length // piece], [1]
+        for stride, n in axes:
+            sizes.append(n)
+            strides.append(stride // piece)
+        pieces = count.as_strided(sizes, strides, block.offset // piece)
+        pieces += 1
+    return count, piece

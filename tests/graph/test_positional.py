@@ -8,8 +8,9 @@ from dataclasses import replace
 
 import pytest
 import torch
+from architectures import ARCHITECTURES
 from handmade import Sketch, convnet, gpt2, llama, mlp, units
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch_geometric.transforms import AddLaplacianEigenvectorPE
 from torch_geometric.utils import get_laplacian, to_undirected
@@ -35,20 +36,25 @@ def laplacian(graph: NeuralGraph) -> Tensor:
     return torch.zeros(graph.num_nodes, graph.num_nodes, dtype=torch.float64).index_put_(tuple(index), values)
 
 
-def spectrum(graph: NeuralGraph) -> tuple[Tensor, Tensor]:
-    """Eigenvalues of the Laplacian on cell-constant vectors, and on vectors that sum to zero on every cell."""
-    cell = quotient(graph).cell
+def spectrum(full: Tensor, cell: Tensor) -> tuple[Tensor, Tensor]:
+    """Eigenvalues of a Laplacian on cell-constant vectors, and on vectors that sum to zero on every cell."""
     lifted = torch.nn.functional.one_hot(cell).double()
     lifted /= lifted.norm(dim=0)
-    full = laplacian(graph)
     zero_sum = torch.linalg.eigvalsh(full + 10 * lifted @ lifted.T)
     return torch.linalg.eigvalsh(lifted.T @ full @ lifted), zero_sum[zero_sum < 5]
 
 
 def gap_size(graph: NeuralGraph) -> int:
     """Columns up to which the smallest eigenvalues all belong to the quotient."""
-    inside, outside = spectrum(graph)
+    inside, outside = spectrum(laplacian(graph), quotient(graph).cell)
     return int((inside < outside.min() - 1e-6).sum()) - 1
+
+
+def spread(graph: NeuralGraph, cell: Tensor) -> float:
+    """Largest difference between the numbers of neighbours, in any cell, of two nodes of one cell; 0 if equitable."""
+    adjacency = (laplacian(graph) != 0).double().fill_diagonal_(0)
+    neighbours = adjacency @ torch.nn.functional.one_hot(cell).double()
+    return max(float((neighbours[cell == c] - neighbours[cell == c][0]).abs().max()) for c in cell.unique())
 
 
 def assert_same_columns(actual: Tensor, expected: Tensor, values: Tensor, tolerance: float) -> None:
@@ -183,18 +189,90 @@ def test_groups_that_are_not_equitable_are_split():
     )
 
 
+@pytest.mark.parametrize("name", ["mixtral", "deepseek_v3", "qwen3", "bert", "convolutional", "resnet", "convnext"])
+def test_traced_models_are_encoded_by_the_whole_laplacian(name):
+    """Mixtures of experts, convolutions and all: on every connected part, its eigenvectors, and its smallest ones.
+
+    Columns have norm 1 on every part that has enough cells, the Laplacian maps each to a multiple of itself, and up to
+    the first eigenvector that tells the neurons of a cell apart these are the smallest of all multiples.
+    """
+    architecture = next(a for a in ARCHITECTURES if a.name == name)
+    graph = NeuralGraph.from_model(architecture.model(), architecture.inputs)
+    partition, full, encoding = quotient(graph), laplacian(graph), positional_encoding(graph).double()
+    assert spread(graph, partition.cell) == 0
+    compared = 0
+    for part in partition.component.unique():
+        nodes = partition.component == part
+        cell = partition.cell[nodes].unique(return_inverse=True)[1]
+        ours, here = encoding[nodes], full[nodes][:, nodes]
+        known = min(8, int(cell.max()))
+        values = (ours * (here @ ours)).sum(dim=0)[:known]
+        torch.testing.assert_close(here @ ours[:, :known], ours[:, :known] * values, rtol=0, atol=1e-6)
+        expected = torch.diag((torch.arange(8) < known).double())
+        torch.testing.assert_close(ours.T @ ours, expected, rtol=0, atol=1e-6)
+        inside, outside = spectrum(here, cell)
+        below = int((inside < outside.min() - 1e-6).sum()) - 1 if len(outside) else known
+        size = min(known, below)
+        torch.testing.assert_close(values[:size], torch.linalg.eigvalsh(here)[1 : size + 1], rtol=0, atol=1e-6)
+        compared = max(compared, size)
+    assert compared >= (2 if name == "convolutional" else 4)
+
+
+class Shuffled(nn.Module):
+    """A stream of which some channels come back two layers later: several of them repeated, others not at all."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(nn.Linear(a, b) for a, b in ((5, 8), (8, 9), (9, 8), (8, 7), (7, 3)))
+
+    def forward(self, x: Tensor) -> Tensor:
+        first, second, third, fourth, last = self.layers
+        h = torch.tanh(first(x))
+        y = third(torch.tanh(second(h))) + h[:, [3, 0, 0, 5, 1, 3, 3, 6]]
+        return last(torch.tanh(fourth(torch.tanh(y))))
+
+
+class Padded(Shuffled):
+    """A shortcut from few channels to the first of many."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        first, second, third, fourth, last = self.layers
+        h = torch.tanh(first(x))
+        y = third(torch.tanh(second(h))) + nn.functional.pad(h[:, :5], (0, 3))
+        return last(torch.tanh(fourth(torch.tanh(y))))
+
+
+@pytest.mark.parametrize("module", [Shuffled, Padded], ids=lambda module: module.__name__)
+def test_an_irregular_matching_of_a_users_module_is_encoded_as_pyg_does(module):
+    """Its groups are not equitable, their refinement is; the span is PyG's as far as eigenvalues are the smallest."""
+    pytest.importorskip("scipy", reason="AddLaplacianEigenvectorPE needs scipy")
+    graph = NeuralGraph.from_model(module(), torch.linspace(-1, 1, 15).view(3, 5))
+    data = graph.to_pyg(pos=0)
+    assert spread(graph, data.group) > 0 and spread(graph, quotient(graph).cell) == 0
+    assert len(graph.groups) < len(quotient(graph).sizes) < graph.num_nodes
+    size = min(8, gap_size(graph))
+    values, vectors = torch.linalg.eigh(laplacian(graph))
+    assert size >= 3 and values[size + 1] - values[size] > 1e-6
+    ours = positional_encoding(graph, size)
+    assert_same_columns(ours, vectors[:, 1 : size + 1].float(), values[1 : size + 2], tolerance=1e-6)
+    data.edge_index = to_undirected(data.edge_index)
+    theirs = AddLaplacianEigenvectorPE(k=size, attr_name="theirs", is_undirected=True)(data).theirs
+    assert (ours - theirs @ (theirs.T @ ours)).abs().max() < 1e-4
+    # As if the groups were equitable: the same number on all neurons of a group is no eigenvector.
+    same = (data.group[:, None] == data.group).float()
+    assert (ours - same @ ours / same.sum(dim=1, keepdim=True)).abs().max() > 1e-3
+    permutation = graph.permutation(torch.Generator().manual_seed(0))
+    assert (permutation != torch.arange(graph.num_nodes)).any()
+    torch.testing.assert_close(positional_encoding(graph, 8)[permutation], positional_encoding(graph, 8))
+
+
 def test_an_equitable_partition_is_what_it_claims():
     """Every node of a cell has the same number of neighbours in every cell; groups alone do not have this property."""
     graph = sliced()
     adjacency = (laplacian(graph) != 0).double().fill_diagonal_(0)
-
-    def spread(cell):
-        neighbours = adjacency @ torch.nn.functional.one_hot(cell).double()
-        return max(float((neighbours[cell == c] - neighbours[cell == c][0]).abs().max()) for c in cell.unique())
-
     q = quotient(graph)
-    assert spread(q.cell) == 0
-    assert spread(graph.to_pyg(pos=0).group) > 0
+    assert spread(graph, q.cell) == 0
+    assert spread(graph, graph.to_pyg(pos=0).group) > 0
     lifted = torch.nn.functional.one_hot(q.cell).double()
     assert torch.equal(q.edges, lifted.T @ adjacency @ lifted)
 
