@@ -3,11 +3,13 @@
 from .auto import load_nowcaster
 from .base import Nowcaster
 from .configuration import NowcasterConfig
+from .engine import Engine
 from .modeling import NiNoModel, WNNModel
 from .original import convert_original
 from .rules import LinearNowcaster, MomentumNowcaster
 
 __all__ = [
+    "Engine",
     "LinearNowcaster",
     "MomentumNowcaster",
     "NiNoModel",

@@ -14,12 +14,13 @@ from torch import Tensor, nn
 
 from ..graph import EdgeType, NeuralGraph
 from .base import Nowcaster, check_states
-from .blockwise import blockwise
+from .blockwise import predict
 from .configuration import ACTIVATIONS, NowcasterConfig
 from .edge_types import edge_types_of, edge_types_of_blocks
+from .engine import Engine
 from .hub import HubNowcaster
 from .message_passing import EdgeUpdate, ModulatedConvolution
-from .scaling import measure_scale
+from .scaling import measure_scale, measure_scales
 
 if TYPE_CHECKING:
     from torch_geometric.data import Data
@@ -87,6 +88,10 @@ class NiNoModel(
 
     Args:
         config: with ``nowcaster_type="nino"``.
+
+    Attributes:
+        engine: how nowcasts are computed, see :class:`Engine`: ``model.engine = Engine(precision="fast")``.  No part
+            of the configuration: it says what a machine should do, not what the nowcaster is.
     """
 
     nowcaster_type = "nino"
@@ -94,6 +99,7 @@ class NiNoModel(
 
     def __init__(self, config: NowcasterConfig) -> None:
         super().__init__(config)
+        self.engine = Engine()
         hidden, depth = config.hidden_size, config.num_layers - 1
         self.edge_in = nn.Linear(config.max_features * config.context, hidden)
         self.edge_type = nn.Embedding(config.edge_types, hidden)
@@ -149,24 +155,23 @@ class NiNoModel(
         horizon: int,
         *,
         pos: Tensor | None = None,
+        engine: Engine | None = None,
     ) -> dict[str, Tensor]:
         """See :meth:`Nowcaster.nowcast`; computed on the nowcaster's device, block by block.
 
         Args:
             pos: positional encoding [N, positional_size] instead of the graph's own, which is computed once per graph.
+            engine: precision, memory and threads of this nowcast; ``None`` for the attribute ``engine``.
         """
         check_states(self, states, horizon)
         self._check_graph(graph, states[-1])
         if pos is None:
             pos = _positional_encoding(graph, self.config.positional_size)
         token = None if self.token_position is None else token_rows(graph, self.config.token_position_vocabulary)
-        scales = {name: measure_scale([state[name] for state in states]) for name in graph.parameter_names}
+        scales = measure_scales(states)
         last = states[-1]
         result = {name: torch.empty_like(last[name], memory_format=torch.contiguous_format) for name in last}
-        for block, delta in blockwise(self, graph, states, scales, horizon, pos, token=token):
-            name = block.parameter
-            now = scales[name].apply(block.view(last[name]).to(delta))
-            block.write(result[name], scales[name].undo(now + delta).to(result[name]))
+        predict(self, graph, states, scales, horizon, pos, result, token=token, engine=engine)
         return result
 
     def embed_nodes(self, pos: Tensor, token: Tensor | None) -> Tensor:
