@@ -144,6 +144,7 @@ def _state(graph: NeuralGraph, number: int, stays: bool) -> str:
 
 
 EXPLAINED: Mapping[str, str] = {
+    "blt": "the local encoder's cross attention adds one output to several slots of a patch",
     "deepseek_v4": "its compressor keeps two overlapping windows of keys in one tensor, which are not paired up",
     "gemma3n_text": "what the layers add to all streams at once moves with streams that are pinned",
     "markuplm": "a table of the subscripts of tags is made but never used by the model",
@@ -154,6 +155,7 @@ EXPLAINED: Mapping[str, str] = {
     "qwen4_exp": "the first hyper-connection meets the one stream that it makes four of, which is pinned",
     "qwen4_exp_text": "as qwen4_exp",
     "swinv2": "cosine attention: norms of queries and keys are not followed, so that heads are not proposed",
+    "zaya": "queries and keys are mixed before and after convolutions in groups, which pin them",
     "xlnet": "the parameters of masks and segments are not used without them",
 }
 """Why types that are not explained in full are not: refuted proposals, or less than 99% of the elements placed."""
