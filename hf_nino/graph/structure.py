@@ -338,65 +338,9 @@ class NeuralGraph:
         Returns:
             A new dict with new tensors for everything that a block refers to.
         """
-        if permutation is None:
-            permutation = self.permutation(generator)
-        result = dict(state_dict)
-        for block in self.blocks:
-            if block.parameter in state_dict:
-                result[block.parameter] = torch.empty_like(
-                    state_dict[block.parameter], memory_format=torch.contiguous_format
-                )
-        copied = set()
-        for block in self.blocks:
-            if block.parameter not in state_dict:
-                continue
-            new = result[block.parameter]
-            if block.parameter not in copied:
-                new.copy_(state_dict[block.parameter])
-                copied.add(block.parameter)
-            goal, source, target = self._goal(block, permutation)
-            values = block.view(state_dict[block.parameter])
-            moved = torch.empty_like(values)
-            moved[source[:, None].to(values.device), target[None, :].to(values.device)] = values
-            goal.write(new, moved)
-        for alias, name in self.aliases.items():
-            if alias in result and name in result:
-                result[alias] = result[name]
-        return result
+        from .permute import permuted
 
-    def _goal(self, block: EdgeBlock, permutation: Tensor) -> tuple[EdgeBlock, Tensor, Tensor]:
-        """Where a block's edges move to: a block of the same parameter, and places on its source and target side.
-
-        Mostly it is the block itself; of a block-diagonal parameter, which has a block for each head, it is another.
-        """
-        ends = [permutation[self.node_index(nodes)] for nodes in (block.source, block.target)]
-        for candidate in (block, *self._siblings(block)):
-            places = [self._places(*pair) for pair in zip((candidate.source, candidate.target), ends, strict=True)]
-            if places[0] is not None and places[1] is not None:
-                return candidate, places[0], places[1]
-        raise ValueError(
-            f"`permutation` must keep the neurons of a block together, but it moves some of {block.parameter!r} "
-            "out of the slice of the parameter that the block covers"
-        )
-
-    def _siblings(self, block: EdgeBlock) -> list[EdgeBlock]:
-        """Other blocks of the same parameter, and of several between the same neurons, the one of the same rank."""
-        ranks: dict[tuple[Nodes, Nodes], int] = {}
-        ranked = []
-        for other in self.blocks:
-            if other.parameter == block.parameter:
-                ends = (other.source, other.target)
-                ranks[ends] = ranks.get(ends, -1) + 1
-                ranked.append((ranks[ends], other))
-        own = next(rank for rank, other in ranked if other is block)
-        return [other for rank, other in ranked if rank == own and other is not block and other.shape == block.shape]
-
-    def _places(self, nodes: Nodes, moved: Tensor) -> Tensor | None:
-        """The position of each moved node within a selection; ``None`` when some are not in it."""
-        index = self.node_index(nodes)
-        order = index.argsort()
-        place = torch.searchsorted(index[order], moved).clamp(max=len(index) - 1)
-        return order[place] if bool((index[order][place] == moved).all()) else None
+        return permuted(self, state_dict, self.permutation(generator) if permutation is None else permutation)
 
     def _with_canonical_names(self) -> NeuralGraph:
         """The graph by the names that parameters have in the model without compiled submodules."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from handmade import Sketch
+from handmade import Sketch, convnet, gpt2, llama, mlp
 
 from hf_nino.graph import EdgeType, NeuralGraph
 
@@ -95,3 +95,14 @@ def three_towers() -> NeuralGraph:
         second = attention(sketch, f"two.{i}", second)
         third = attention(sketch, f"three.{i}", third, memory)
     return sketch.graph()
+
+
+GRAPHS = {
+    "mlp": mlp,
+    "convnet": convnet,
+    "gpt2": lambda: gpt2(layers=30),
+    "llama": lambda: llama(layers=30),
+    "hybrid": hybrid,
+    "dense then experts": dense_then_experts,
+    "encoder and decoder": encoder_decoder,
+}

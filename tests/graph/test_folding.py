@@ -5,21 +5,11 @@ from __future__ import annotations
 from dataclasses import replace
 
 import pytest
-from handmade import Sketch, convnet, gpt2, llama, mlp
-from sketches import dense_then_experts, encoder_decoder, hybrid
+from handmade import Sketch, gpt2
+from sketches import GRAPHS, dense_then_experts, hybrid
 
 from hf_nino.graph import EdgeType, NeuralGraph
 from hf_nino.graph.folding import Folding, fold, joints
-
-GRAPHS = {
-    "mlp": mlp,
-    "convnet": convnet,
-    "gpt2": lambda: gpt2(layers=30),
-    "llama": lambda: llama(layers=30),
-    "hybrid": hybrid,
-    "dense then experts": dense_then_experts,
-    "encoder and decoder": encoder_decoder,
-}
 
 
 def names(graph: NeuralGraph, numbers) -> list[str]:

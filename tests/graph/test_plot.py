@@ -14,7 +14,7 @@ from matplotlib.colors import to_hex
 from matplotlib.figure import Figure
 from matplotlib.patches import FancyArrowPatch
 from matplotlib.text import Text
-from sketches import dense_then_experts, encoder_decoder, hybrid, three_towers
+from sketches import GRAPHS, encoder_decoder, hybrid, three_towers
 
 from hf_nino.graph import EdgeType, NeuralGraph, NeuronGroup
 from hf_nino.graph.diagram import plan_diagram
@@ -25,16 +25,7 @@ from hf_nino.graph.style import TYPE_COLOURS, text_width
 from hf_nino.graph.tiny import tiny_model
 from hf_nino.graph.words import parameter_words, short_name, wrapped
 
-HANDMADE = {
-    "mlp": mlp,
-    "convnet": convnet,
-    "gpt2": lambda: gpt2(layers=30),
-    "llama": lambda: llama(layers=30),
-    "hybrid": hybrid,
-    "dense then experts": dense_then_experts,
-    "encoder and decoder": encoder_decoder,
-    "three towers": three_towers,
-}
+HANDMADE = {**GRAPHS, "three towers": three_towers}
 TRACED = {
     "t5": "AutoModelForSeq2SeqLM",
     "jamba": "AutoModelForCausalLM",

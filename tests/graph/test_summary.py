@@ -5,20 +5,10 @@ from __future__ import annotations
 import json
 
 import pytest
-from handmade import Sketch, convnet, gpt2, llama, mlp
-from sketches import dense_then_experts, encoder_decoder, hybrid
+from handmade import Sketch, llama, mlp
+from sketches import GRAPHS
 
 from hf_nino.graph.summary import private_parameters, summary, text
-
-GRAPHS = {
-    "mlp": mlp,
-    "convnet": convnet,
-    "gpt2": lambda: gpt2(layers=30),
-    "llama": lambda: llama(layers=30),
-    "hybrid": hybrid,
-    "dense then experts": dense_then_experts,
-    "encoder and decoder": encoder_decoder,
-}
 
 
 @pytest.mark.parametrize("name", GRAPHS)
