@@ -9,12 +9,13 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 from .event import NowcastEvent
-from .guard import InvalidNowcast, Verdict, judge
+from .guard import InvalidNowcast, Verdict, judge, tame
 from .history import History
-from .horizon import Horizon
+from .horizon import Horizon, Trust
 from .nowcasting import Nowcasting
 from .optimizer import NiNo
 from .parameters import ParameterStore, make_store
+from .probation import Probation
 
 if TYPE_CHECKING:
     from .callback import NiNoCallback
@@ -41,9 +42,12 @@ __all__ = [
     "NowcastEvent",
     "Nowcasting",
     "ParameterStore",
+    "Probation",
+    "Trust",
     "Verdict",
     "judge",
     "make_store",
+    "tame",
 ]
 
 

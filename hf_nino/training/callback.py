@@ -37,6 +37,10 @@ class NiNoCallback(TrainerCallback):
     When training resumes it is looked for in ``resume_from``, in ``args.resume_from_checkpoint`` and in
     ``args.output_dir``; a checkpoint without it, or one of another run, resumes with a warm-up and a warning.
 
+    A callback is not shown the loss of every step, only the means that the Trainer logs.  Nowcasts are on probation if
+    these are frequent (``logging_steps`` of at most a twelfth of ``patience``); else they are not watched, which is
+    said once.  NiNoTrainer sees every loss.
+
     Put it before callbacks that average parameters (EMA), so that they see what it wrote.
 
     Args:
@@ -70,6 +74,9 @@ class NiNoCallback(TrainerCallback):
         # A Trainer of ours logs and writes checkpoints itself: it can do so at the right moment.
         self.trainer_logs = False
         self.trainer_saves = False
+        # And it sees the loss of each step; a callback sees the means that are logged.
+        self.trainer_records = False
+        self._logged = 0
         self.pending: list[dict[str, float]] = []
 
     # -- events -----------------------------------------------------------------------------------------------------
@@ -87,13 +94,14 @@ class NiNoCallback(TrainerCallback):
         # Anew at every call: `train()` may be called again, and batch-size retries may come with a new model.
         self.pending.clear()
         if self.nowcasting is not None:
-            self.nowcasting.history.close()
+            self.nowcasting.close()
         self.nowcasting = Nowcasting(
             self.nowcaster, model, max_steps=state.max_steps, lr_scheduler=lr_scheduler, **self.options
         )
         self.nowcasting.spec = self.spec
         if state.global_step > 0:
             self.nowcasting.load(self._checkpoint(args, state))
+        self._logged = self.nowcasting.step_count
         self._tell(args, state, self.nowcasting.begin(state.global_step, optimizer))
 
     def on_step_end(
@@ -109,8 +117,24 @@ class NiNoCallback(TrainerCallback):
         else:
             self._tell(args, state, self.nowcasting.step(optimizer=optimizer, scheduler_stepped=True))
 
+    def on_log(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        logs: dict[str, Any] | None = None,
+        **kwargs: Any,
+    ) -> None:
+        if self.trainer_records or self.nowcasting is None or not logs or "loss" not in logs:
+            return
+        first, self._logged = self._logged + 1, self.nowcasting.step_count
+        self.nowcasting.record_mean_loss(float(logs["loss"]), first, self._logged)
+
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        if self.trainer_saves or args.save_only_model or not args.should_save:
+        if self.trainer_saves or args.save_only_model:
+            return
+        self.nowcasting.synchronize()
+        if not args.should_save:
             return
         folder = self._folder(args, state)
         if folder is None:
@@ -125,8 +149,10 @@ class NiNoCallback(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         self.resume_from = None
-        self.nowcasting.history.close()
+        self.nowcasting.close()
         counts = f"{self.nowcasting.nowcasts} nowcasts, {self.nowcasting.rejected} rejected"
+        if self.nowcasting.taken_back:
+            counts += f", {self.nowcasting.taken_back} taken back"
         self._write(args, state, f"NiNo: {counts}, {self.nowcasting.seconds:.1f} s spent on them.")
 
     # -- telling ----------------------------------------------------------------------------------------------------

@@ -1,4 +1,4 @@
-"""What happened when a nowcast was due."""
+"""What happened when a nowcast was due, or was taken back."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class NowcastEvent:
-    """What happened at a step at which a nowcast was due.
+    """What happened at a step at which a nowcast was due, or at which one was taken back.
 
     Attributes:
         step: optimizer steps done.
@@ -17,9 +17,11 @@ class NowcastEvent:
         step_norm: Euclidean norm of the change of the parameters; ``None`` when nothing was written.
         relative_step_norm: the same over the norm of the parameters.
         accepted: whether it was written into the model.
-        reason: why not; empty when accepted.
+        reason: why not, or why it was taken back; empty when accepted.
         loss_before: loss on a fixed batch before writing, when measured.
         loss_after: the same after writing.
+        taken_back_to: the step of a nowcast that was taken back at ``step``: parameters and optimizer are again as
+            they were there.
     """
 
     step: int
@@ -32,6 +34,7 @@ class NowcastEvent:
     reason: str = ""
     loss_before: float | None = None
     loss_after: float | None = None
+    taken_back_to: int | None = None
 
     def scalars(self) -> dict[str, float]:
         """``nino_*`` numbers for trackers."""
@@ -44,10 +47,13 @@ class NowcastEvent:
             "nino_relative_step_norm": self.relative_step_norm,
             "nino_loss_before": self.loss_before,
             "nino_loss_after": self.loss_after,
+            "nino_taken_back_to": self.taken_back_to,
         }
         return {name: value for name, value in values.items() if value is not None}
 
     def __str__(self) -> str:
+        if self.taken_back_to is not None:
+            return f"step {self.step}: the nowcast of step {self.taken_back_to} is taken back: {self.reason}."
         if not self.accepted:
             return f"step {self.step}: no nowcast: {self.reason}"
         text = f"step {self.step}: nowcast {self.horizon_steps} steps ahead ({self.horizon} intervals)"

@@ -1,11 +1,12 @@
-"""Accept or refuse a nowcast before it is written: is every number finite, and is every step of a plausible size?"""
+"""Judge a nowcast before it is written: is every number finite, and is every step of a plausible size?"""
 
 from __future__ import annotations
 
 import itertools
 import math
+import statistics
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -13,8 +14,14 @@ from torch import Tensor
 # A move below this share of the parameter's size (and of 1 per element) is rounding: a bias before a batch norm.
 STILL = 1e-7
 
-# A tensor may go this many times as far as its fastest interval of the history, times the horizon.
-LIMIT = 10.0
+# A tensor may go this many times as far as a straight line at its usual speed would, and is shortened to that.
+LIMIT = 3.0
+# Without a known speed: this many times the parameter's size.
+LIMIT_OF_SIZE = 10.0
+# A step that is this many times too long is no step to shorten: the tensor is left alone.
+ABSURD = 10.0
+# If more than this share of the tensors that move would be left alone, all of them are.
+MOST_LEFT_ALONE = 0.5
 
 
 class InvalidNowcast(RuntimeError):
@@ -30,16 +37,32 @@ class Verdict:
         reason: why not: the parameter, what was found and the rule; empty when accepted.
         unmoved: parameters that did not move during the history, but for rounding.  Nothing can be foreseen about
             them, so they are left alone.
-        step_norm: Euclidean norm of (prediction - last state) over all parameters that moved; nan when refused for
-            its shape.
+        shortened: {name: share of its step to take} of the parameters whose step is too long.
+        left_alone: parameters whose step is absurd, while those of most others are not.
+        step_norm: Euclidean norm of (prediction - last state) over all parameters that are written; nan when refused
+            for its shape.
         relative_step_norm: the same over the norm of the last state.
+        alignment: cosine between the step and the move of the whole history, over all parameters that moved; nan
+            where the history is a single state.
     """
 
     accepted: bool
     reason: str = ""
     unmoved: frozenset[str] = frozenset()
+    shortened: Mapping[str, float] = field(default_factory=dict)
+    left_alone: frozenset[str] = frozenset()
     step_norm: float = math.nan
     relative_step_norm: float = math.nan
+    alignment: float = math.nan
+
+    @property
+    def remarks(self) -> str:
+        """What was done about steps that were too long; empty: nothing."""
+        found = []
+        for what, names in (("shortened", self.shortened), ("left alone", self.left_alone)):
+            if names:
+                found.append(f"{len(names)} {what} (such as {min(names)!r})")
+        return f"steps that were too long: {', '.join(found)}" if found else ""
 
 
 @torch.no_grad()
@@ -48,19 +71,23 @@ def judge(
 ) -> Verdict:
     r"""Judge ``prediction``, ``horizon`` intervals after the last of ``states``.
 
-    Refused when a name is missing or superfluous, a shape differs, a number is not finite, or for any parameter
+    Refused when a name is missing or superfluous, a shape differs, or a number is not finite.  A parameter's step is
+    too long when
 
-    .. math:: \|\hat\theta - \theta_S\| > \text{limit} \cdot \text{horizon} \cdot \max_i \|\theta_{i+1} - \theta_i\| +
-        10^{-5} (\|\theta_S\| + \sqrt{P}).
+    .. math:: \|\hat\theta - \theta_S\| > \text{limit} \cdot \text{horizon} \cdot
+        \mathrm{median}_i \|\theta_{i+1} - \theta_i\| + 10^{-5} (\|\theta_S\| + \sqrt{P}).
 
-    With a single snapshot no move is known; then the root mean square of the step must not exceed ``limit`` times that
-    of the parameter or of the whole model, whichever is larger.
+    It is then to be shortened to that; if it is more than 10 times as long, the parameter is to be left alone; and if
+    that would be so of more than half of the parameters that move, the whole nowcast is refused.
+
+    With a single snapshot no move is known; then the root mean square of the step must not exceed 10 times that of the
+    parameter or of the whole model, whichever is larger, and the nowcast is refused otherwise.
 
     Args:
         states: the history, oldest first.
         prediction: {name: tensor}.
         horizon: intervals.
-        limit: how generous to be; the default only stops what is absurd.
+        limit: how much faster than usual a parameter may go; the length that a nowcaster intends is well below.
     """
     last = states[-1]
     if prediction.keys() != last.keys():
@@ -71,44 +98,112 @@ def judge(
             shapes = f"shape {tuple(tensor.shape)}, the parameter {tuple(last[name].shape)}"
             return Verdict(False, f"the prediction of {name!r} has {shapes}")
     names = list(last)
-    jumps = _norms(prediction[name].float() - last[name].float() for name in names)
-    sizes = _norms(last[name].float() for name in names)
-    moves = [0.0] * len(names)
-    for before, after in itertools.pairwise(states):
-        moved = _norms(after[name].float() - before[name].float() for name in names)
-        moves = [max(a, b) for a, b in zip(moves, moved, strict=True)]
     numbers = {name: max(last[name].numel(), 1) for name in names}
-    size = math.hypot(*sizes)
-    model_rms = size / math.sqrt(sum(numbers.values()))
-
-    for name, jump, norm, move in zip(names, jumps, sizes, moves, strict=True):
-        root = math.sqrt(numbers[name])
+    jumps = dict(zip(names, _norms(prediction[name].float() - last[name].float() for name in names), strict=True))
+    sizes = dict(zip(names, _norms(last[name].float() for name in names), strict=True))
+    for name, jump in jumps.items():
         if not math.isfinite(jump):
             bad = int((~torch.isfinite(prediction[name])).sum())
             found = f"{bad} of {numbers[name]} predicted values of {name!r} are not finite"
             return Verdict(False, found if bad else f"the step of {name!r} overflows (norm {jump})")
-        if len(states) == 1:
-            allowed = limit * max(norm, model_rms * root)
-            rule = f"{limit:g} times the parameter's size"
-        elif move <= STILL * (norm + root):
-            continue
-        else:
-            allowed = limit * horizon * move + 1e-5 * (norm + root)
-            rule = f"{limit:g} x {horizon} intervals x its largest move {move:.3g} in the history"
-        if jump > allowed:
-            return Verdict(False, f"the step of {name!r} has norm {jump:.3g}, more than {allowed:.3g} ({rule})")
+    size = math.hypot(*sizes.values())
+    if len(states) == 1:
+        model_rms = size / math.sqrt(sum(numbers.values()))
+        for name, jump in jumps.items():
+            allowed = LIMIT_OF_SIZE * max(sizes[name], model_rms * math.sqrt(numbers[name]))
+            if jump > allowed:
+                rule = f"{LIMIT_OF_SIZE:g} times the parameter's size"
+                return Verdict(False, _too_long(name, jump, allowed, rule))
+        return Verdict(True, **_lengths(jumps, size))
 
-    still = (
-        name
-        for name, norm, move in zip(names, sizes, moves, strict=True)
-        if move <= STILL * (norm + math.sqrt(numbers[name]))
+    moves = _moves(states)
+    rounding = {name: sizes[name] + math.sqrt(numbers[name]) for name in names}
+    unmoved = frozenset(name for name in names if max(moves[name]) <= STILL * rounding[name])
+    shortened, left_alone, worst = {}, [], ""
+    for name in names:
+        if name in unmoved:
+            continue
+        usual = statistics.median(moves[name])
+        allowed = limit * horizon * usual + 1e-5 * rounding[name]
+        if jumps[name] > ABSURD * allowed:
+            left_alone.append(name)
+            rule = f"{limit:g} x {horizon} intervals x its usual move {usual:.3g} in the history"
+            worst = worst or _too_long(name, jumps[name], allowed, rule)
+        elif jumps[name] > allowed:
+            shortened[name] = allowed / jumps[name]
+    if len(left_alone) > MOST_LEFT_ALONE * (len(names) - len(unmoved)):
+        return Verdict(False, worst)
+    written = {n: j * shortened.get(n, 1.0) for n, j in jumps.items() if n not in unmoved and n not in left_alone}
+    return Verdict(
+        True,
+        unmoved=unmoved,
+        shortened=shortened,
+        left_alone=frozenset(left_alone),
+        **_lengths(written, size),
+        alignment=_alignment(states, prediction, list(written)),
     )
-    unmoved = frozenset(still) if len(states) > 1 else frozenset()
-    step = math.hypot(*(jump for name, jump in zip(names, jumps, strict=True) if name not in unmoved))
-    return Verdict(True, unmoved=unmoved, step_norm=step, relative_step_norm=step / size if size > 0 else math.inf)
+
+
+def tame(last: Mapping[str, Tensor], prediction: Mapping[str, Tensor], verdict: Verdict, share: float = 1.0) -> dict:
+    """What is to be written: ``prediction`` without the parameters to leave alone, too long steps shortened.
+
+    Args:
+        last: the last state of the history.
+        share: of every step that is to be taken.
+
+    Returns:
+        {name: tensor}; the tensors of ``prediction`` themselves where nothing is to be changed.
+    """
+    result = {}
+    for name, tensor in prediction.items():
+        if name in verdict.unmoved or name in verdict.left_alone:
+            continue
+        part = share * verdict.shortened.get(name, 1.0)
+        start = last[name].to(tensor.device)
+        result[name] = tensor if part == 1 else start + (tensor - start) * part
+    return result
+
+
+def _too_long(name: str, jump: float, allowed: float, rule: str) -> str:
+    return f"the step of {name!r} has norm {jump:.3g}, more than {allowed:.3g} ({rule})"
+
+
+def _lengths(jumps: Mapping[str, float], size: float) -> dict[str, float]:
+    step = math.hypot(*jumps.values())
+    return {"step_norm": step, "relative_step_norm": step / size if size > 0 else math.inf}
+
+
+def _moves(states: Sequence[Mapping[str, Tensor]]) -> dict[str, list[float]]:
+    """The length of each parameter's move in each interval."""
+    names = list(states[-1])
+    moves: dict[str, list[float]] = {name: [] for name in names}
+    for before, after in itertools.pairwise(states):
+        lengths = _norms(after[name].float() - before[name].float() for name in names)
+        for name, length in zip(names, lengths, strict=True):
+            moves[name].append(length)
+    return moves
+
+
+def _alignment(
+    states: Sequence[Mapping[str, Tensor]], prediction: Mapping[str, Tensor], names: Sequence[str]
+) -> float:
+    if not names:
+        return math.nan
+    dots, jumps, moves = [], [], []
+    for name in names:
+        last = states[-1][name].float().flatten()
+        jump, move = prediction[name].float().flatten() - last, last - states[0][name].float().flatten()
+        dots.append(torch.dot(jump, move))
+        jumps.append(torch.dot(jump, jump))
+        moves.append(torch.dot(move, move))
+    dot, jump, move = (math.fsum(_numbers(values)) for values in (dots, jumps, moves))
+    return dot / math.sqrt(jump * move) if jump > 0 and move > 0 else math.nan
 
 
 def _norms(tensors: Iterable[Tensor]) -> list[float]:
     """Euclidean norms, with one transfer to the host rather than one per tensor."""
-    norms = [torch.linalg.vector_norm(tensor) for tensor in tensors]
-    return torch.stack([norm.to(norms[0].device) for norm in norms]).tolist()
+    return _numbers([torch.linalg.vector_norm(tensor) for tensor in tensors])
+
+
+def _numbers(values: Sequence[Tensor]) -> list[float]:
+    return torch.stack([value.to(values[0].device) for value in values]).tolist()

@@ -1,6 +1,6 @@
-r"""How far to look ahead now: decay schedule, learning-rate budget.
+r"""How far to look ahead now: decay schedule, learning-rate budget, feedback.
 
-Three policies, all in intervals, all bounded by the nowcaster's ``max_horizon``:
+Four policies, all in intervals, all bounded by the nowcaster's ``max_horizon``:
 
 * ``"lr-budget"`` (default): :math:`k = \min(K, \lfloor \sum_{t' > t} \eta_{t'} \,/\, (\bar\eta \cdot \text{interval})
   \rfloor)`, the sum over the learning rates of all steps that are left and :math:`\bar\eta` the mean over the history.
@@ -8,7 +8,11 @@ Three policies, all in intervals, all bounded by the nowcaster's ``max_horizon``
   than the learning rate that is left allows.  0 means no nowcast.
 * ``"paper"``: the decay of the original release, :math:`k_i = \mathrm{round}(\mathrm{linspace}(\sqrt K, 1, n)_i^2)`,
   with ``n = max_steps // period`` nowcasts (arXiv 2409.04434).  It assumes a constant learning rate.
-* a number: always this many intervals.
+* ``"constant:8"``, or the number alone: always this many intervals.
+* ``"adaptive"``: that of ``"lr-budget"``, times a share that begins at a half, grows after nowcasts that paid off and
+  falls after those that did not (:class:`Trust`).
+
+Under every policy a nowcast that had to be taken back halves the next one's reach.
 """
 
 from __future__ import annotations
@@ -17,7 +21,7 @@ import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
-POLICIES = ("lr-budget", "paper")
+POLICIES = ("lr-budget", "paper", "adaptive")
 
 # A budget of 2.9999999 intervals is 3: learning rates are sums of rounded floats.
 _ROUNDING = 1e-6
@@ -59,7 +63,8 @@ class Horizon:
     """A policy for the horizon; see the module.
 
     Args:
-        policy: ``"lr-budget"``, ``"paper"``, or a number of intervals (also as a string).
+        policy: ``"lr-budget"``, ``"paper"``, ``"adaptive"``, or a number of intervals (also as a string, and as
+            ``"constant:NUMBER"``).
 
     Raises:
         ValueError: any other policy, or a number below 1.
@@ -69,8 +74,9 @@ class Horizon:
 
     def __post_init__(self) -> None:
         policy = self.policy
-        if isinstance(policy, str) and policy.strip().isdigit():
-            policy = int(policy)
+        text = policy.removeprefix("constant:").strip() if isinstance(policy, str) else ""
+        if text.isdigit():
+            policy = int(text)
         number = isinstance(policy, int) and not isinstance(policy, bool)
         if not (number and policy >= 1) and policy not in POLICIES:
             raise ValueError(f"`horizon` must be one of {POLICIES} or a number of intervals, got {self.policy!r}")
@@ -95,10 +101,10 @@ class Horizon:
             interval: steps between snapshots.
             max_horizon: the nowcaster's largest.
             max_steps: length of the run; ``"paper"`` needs it.
-            past: mean learning rate over the history, per parameter group (``"lr-budget"``).
-            future: learning rates of the steps that are left, per parameter group (``"lr-budget"``).
+            past: mean learning rate over the history, per parameter group (``"lr-budget"``, ``"adaptive"``).
+            future: learning rates of the steps that are left, per parameter group (the same).
         """
-        if self.policy == "lr-budget":
+        if self.policy in ("lr-budget", "adaptive"):
             return budget_horizon(future, past, interval, max_horizon)
         if self.policy == "paper":
             if max_steps is None:
@@ -106,3 +112,40 @@ class Horizon:
             schedule = paper_horizons(max_horizon, max(max_steps // period, 1))
             return schedule[min(max(step // period - 1, 0), len(schedule) - 1)]
         return min(int(self.policy), max_horizon)
+
+
+class Trust:
+    """How much of a horizon is used: a share that follows what became of the last nowcasts.
+
+    Args:
+        adaptive: begin at a half, and move with every nowcast; else begin at 1, and return there by doubling.
+
+    Attributes:
+        share: above 0, at most 1.
+    """
+
+    _GROW, _SHRINK, _LEAST = 1.5, 0.75, 1 / 64
+
+    def __init__(self, adaptive: bool) -> None:
+        self.adaptive = adaptive
+        self.share = 0.5 if adaptive else 1.0
+
+    def reach(self, horizon: int) -> tuple[int, float]:
+        """The horizon to use instead, at least 1, and the share of the step there that is to be taken.
+
+        Below one interval the horizon can get no shorter; then the step does.
+        """
+        wanted = horizon * self.share
+        shorter = max(math.floor(wanted + _ROUNDING), min(horizon, 1))
+        return shorter, min(wanted / shorter, 1.0) if shorter else 1.0
+
+    def taken_back(self) -> None:
+        """A nowcast was taken back."""
+        self.share = max(self.share / 2, self._LEAST)
+
+    def kept(self, paid_off: bool | None) -> None:
+        """A nowcast has passed its probation; ``paid_off``: whether clearly (``None``: neither nor)."""
+        if not self.adaptive:
+            self.share = min(self.share * 2, 1.0)
+        elif paid_off is not None:
+            self.share = min(max(self.share * (self._GROW if paid_off else self._SHRINK), self._LEAST), 1.0)

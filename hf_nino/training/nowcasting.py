@@ -8,24 +8,29 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from transformers.utils import logging
 
 from ..nowcaster.base import Nowcaster
 from .announcement import Announcement
+from .attempt import Attempting
+from .compatibility import check_optimizer
 from .event import NowcastEvent
-from .guard import InvalidNowcast, Verdict, judge
+from .guard import InvalidNowcast
 from .history import History
-from .horizon import Horizon
+from .horizon import Horizon, Trust
+from .losses import LossMeter
 from .outlook import Outlook
-from .parameters import check_optimizer, make_store
+from .parameters import make_store
 from .period import resolve_schedule
-from .resume import Resumable
+from .probation import Probation, default_patience
+from .probe import Batches, Probe
 from .rng import preserved_rng
+from .undo import Undo
 
 logger = logging.get_logger(__name__)
 
@@ -41,13 +46,18 @@ def resolve_nowcaster(nowcaster: str | os.PathLike | Nowcaster) -> Nowcaster:
     return load_nowcaster(nowcaster)
 
 
-class Nowcasting(Resumable):
+class Nowcasting(Attempting):
     """Takes snapshots during a run, nowcasts when it has enough of them, and writes the nowcasts into the model.
 
     Call :meth:`step` after every optimizer step.  Nowcasts fall on steps that are multiples of ``period``; the
     snapshots they read are the states after that step and 1, 2, .. ``context - 1`` intervals before it.  Parameters
     that did not move between them are left alone; the others are written in place.  Moments and other state of the
     base optimizer stay as they are.
+
+    If training losses are told (:meth:`record_loss`), each nowcast is on probation for ``patience`` steps: if the loss
+    is then worse than a forecast of the optimizer's own curve, by more than its noise, parameters and optimizer go
+    back to what they were, bit for bit, the next horizon is shorter, and after ``max_failures`` in a row nowcasting
+    stops (:mod:`hf_nino.training.probation`).
 
     Nothing happens during warm-up: no snapshot is taken while the learning rate rises at the start of training, nor up
     to ``start_step``.
@@ -58,9 +68,11 @@ class Nowcasting(Resumable):
         period: optimizer steps between nowcasts; default: the nowcaster's, less in a short run
             (:func:`hf_nino.training.period.resolve_schedule`).
         interval: optimizer steps between snapshots; default ``period // context``.
-        horizon: ``"lr-budget"``, ``"paper"`` or a number of intervals (:mod:`hf_nino.training.horizon`).
+        horizon: ``"lr-budget"``, ``"paper"``, ``"adaptive"`` or a number of intervals
+            (:mod:`hf_nino.training.horizon`).
         start_step: no snapshot up to this step.
         stop_step: no nowcast after this step.
+        stop_fraction: the same as a share of ``max_steps``.
         max_steps: length of the run in optimizer steps, if known.
         lr_scheduler: the run's scheduler; may be set later.  Without it the learning rate is taken to be constant.
         history_device: where snapshots live: ``"cpu"``, ``"model"`` or ``"device"`` (with the parameters),
@@ -71,11 +83,24 @@ class Nowcasting(Resumable):
         example_inputs: passed on to ``NeuralGraph.from_model``; or a function without arguments that returns them,
             which is only called when a graph is built.
         measure: a function that returns a loss; called right before and right after each nowcast is written.
+        patience: steps for which a nowcast is on probation; 0: none is.  Default: 1% of ``max_steps``, but 30 to 200
+            (none in runs of fewer than 300 steps); 100 if the length of the run is not known.
+        max_failures: nowcasts refused or taken back in a row after which there are no more (unless ``patience`` is 0);
+            sooner, if those taken back would cost more than 3% of ``max_steps``.
+        undo_device: where the state before a nowcast on probation is kept; default: where snapshots live.
+        probe_batches: a function that returns a loss, or batches for the model
+            (:class:`~hf_nino.training.probe.Probe`): a nowcast after which their loss is not finite is put back at
+            once; and they stand in for training losses where none are told.
+        statistics_batches: batches (mappings of the model's arguments), or a function that returns some, from which
+            the statistics of batch normalization are computed anew after each nowcast.
+        observe_only: predict and measure, but write nothing.
 
     Attributes:
         step_count: optimizer steps done.
         nowcasts: nowcasts written so far.
         rejected: nowcasts that failed or were refused.
+        taken_back: nowcasts that were written and taken back.
+        stopped: whether nowcasting has been given up for this run.
         seconds: spent on snapshots and nowcasts.
         events: what happened so far in this process.
         announcement: its ``estimate`` is what nowcasting costs, once the first steps have been timed; logged once, as
@@ -105,6 +130,13 @@ class Nowcasting(Resumable):
         graph: Any = None,
         example_inputs: Any = None,
         measure: Callable[[], float] | None = None,
+        stop_fraction: float | None = None,
+        patience: int | None = None,
+        max_failures: int = 3,
+        undo_device: str | torch.device | None = None,
+        probe_batches: Batches | None = None,
+        statistics_batches: Sequence[Mapping[str, Any]] | Callable[[], Sequence[Mapping[str, Any]]] | None = None,
+        observe_only: bool = False,
     ) -> None:
         if on_invalid not in ON_INVALID:
             raise ValueError(f"`on_invalid` must be one of {ON_INVALID}, got {on_invalid!r}")
@@ -112,6 +144,10 @@ class Nowcasting(Resumable):
             raise ValueError(f"`start_step` must be at least 0, got {start_step}")
         if stop_step is not None and stop_step < start_step:
             raise ValueError(f"`stop_step` must not be before `start_step` ({start_step}), got {stop_step}")
+        if patience is not None and patience < 0:
+            raise ValueError(f"`patience` must be at least 0 steps (0: no probation), got {patience}")
+        if max_failures < 1:
+            raise ValueError(f"`max_failures` must be at least 1, got {max_failures}")
         self.nowcaster = resolve_nowcaster(nowcaster)
         self.spec = type(nowcaster).__name__ if isinstance(nowcaster, Nowcaster) else str(nowcaster)
         max_steps = max_steps if max_steps is not None and max_steps > 0 else None
@@ -119,17 +155,27 @@ class Nowcasting(Resumable):
         policy = Horizon(horizon)
         if policy.policy == "paper" and max_steps is None:
             raise ValueError("`horizon='paper'` needs `max_steps`, the length of the run, got None")
-        self.start_step, self.stop_step = start_step, stop_step
+        self.start_step, self.stop_step = start_step, _stop_step(stop_step, stop_fraction, max_steps)
         self.outlook = Outlook(policy, max_steps, lr_scheduler, self._say_once)
         self.on_invalid = on_invalid
-        self.measure = measure
+        self.observe_only = observe_only
         self.store = make_store(model)
+        probe = None if probe_batches is None else Probe(probe_batches, self.store.model, self.store)
+        self.measure = probe if measure is None else measure
+        self.statistics_batches = statistics_batches
         self.history = History(self.nowcaster.context, history_dtype, history_device)
+        self.trust = Trust(policy.policy == "adaptive")
+        patience = default_patience(max_steps) if patience is None else patience
+        self.probation = Probation(0 if observe_only else patience, max_failures, max_steps)
+        self.losses = LossMeter(self.store, self.probation.window + self.probation.patience + 8)
+        self.undo = Undo(history_device if undo_device is None else undo_device)
 
         self.step_count = 0
         self.skipped_steps = 0
         self.nowcasts = 0
         self.rejected = 0
+        self.taken_back = 0
+        self.stopped = False
         self.seconds = 0.0
         self.events: list[NowcastEvent] = []
         self.enabled = True
@@ -186,7 +232,7 @@ class Nowcasting(Resumable):
             scheduler_stepped: whether ``lr_scheduler.step()`` has already been called for this optimizer step.
 
         Returns:
-            What happened, at steps at which a nowcast was due; else ``None``.
+            What happened, at steps at which a nowcast was due or was taken back; else ``None``.
 
         Raises:
             InvalidNowcast: with ``on_invalid="raise"``: the nowcaster failed or the guard refused.
@@ -197,10 +243,16 @@ class Nowcasting(Resumable):
             self.outlook.find_warmup(self.step_count, optimizer, scheduler_stepped)
         self.step_count = self.step_count + 1 if global_step is None else global_step
         step = self.step_count
-        if self.enabled:
+        self.losses.step(step)
+        if self.enabled and not self.stopped:
             self.announcement.tick(self)
-        if not self.enabled or step < self._first_step:
+        if not self.enabled or self.stopped or step < self._first_step:
             return None
+        if self.probation.ends(step):
+            event = self._end_probation(optimizer)
+            if event is not None:
+                self.events.append(event)
+                return event
         if self.stop_step is not None and step > self.stop_step:
             self._forget()
             return None
@@ -225,10 +277,21 @@ class Nowcasting(Resumable):
     def skip(self) -> None:
         """Call instead of :meth:`step` when a gradient scaler skipped the optimizer step; it does not count."""
         self.skipped_steps += 1
+        self.losses.drop()
+
+    def close(self) -> None:
+        """The run is over: give back the memory, and the files, of snapshots and of what was kept to be put back."""
+        self.history.close()
+        self.undo.close()
 
     def scalars(self) -> dict[str, float]:
         """``nino_*`` counters for trackers."""
-        return {"nino_nowcasts": self.nowcasts, "nino_rejected": self.rejected, "nino_total_seconds": self.seconds}
+        return {
+            "nino_nowcasts": self.nowcasts,
+            "nino_rejected": self.rejected,
+            "nino_taken_back": self.taken_back,
+            "nino_total_seconds": self.seconds,
+        }
 
     @property
     def _first_step(self) -> int:
@@ -270,6 +333,7 @@ class Nowcasting(Resumable):
         )
         self._signature = signature
         self._forget()
+        self._abandon()
         if self.nowcaster.has_memory:
             self.nowcaster.load_memory({})
             self._settled = False
@@ -277,90 +341,7 @@ class Nowcasting(Resumable):
             self.graph = None
             self._build_graph()
 
-    # -- nowcasting -------------------------------------------------------------------------------------------------
-
-    def _nowcast(self, optimizer: Any, scheduler_stepped: bool) -> NowcastEvent:
-        started = time.perf_counter()
-        step = self.step_count
-        horizon = self.outlook.choose(
-            step=step,
-            scheduled_step=step + self.skipped_steps,
-            period=self.period,
-            interval=self.interval,
-            max_horizon=self.nowcaster.max_horizon,
-            optimizer=optimizer,
-            scheduler_stepped=scheduler_stepped,
-        )
-        horizon = min(horizon, self.nowcaster.reach)
-        if horizon < 1:
-            seconds = time.perf_counter() - started
-            return NowcastEvent(step, 0, 0, seconds, reason="the learning rate that is left allows no interval")
-        error: Exception | None = None
-        prediction: dict[str, Tensor] = {}
-        try:
-            states = self.history.states()
-            with preserved_rng(), torch.no_grad():
-                prediction = self.nowcaster.nowcast(self.graph, states, horizon)
-            verdict = judge(states, prediction, horizon)
-        except Exception as caught:
-            error = caught
-            who = "the history" if isinstance(caught, OSError) else type(self.nowcaster).__name__
-            verdict = Verdict(False, f"{who} failed ({type(caught).__name__}: {caught})")
-        accepted = self.store.agree(verdict.accepted)
-        reason = verdict.reason or ("" if accepted else "another rank refused it")
-        common = {"step": step, "horizon": horizon, "horizon_steps": horizon * self.interval}
-        if reason:
-            return self._refuse(reason, error, common, started)
-
-        measuring = time.perf_counter()
-        before = self._measure()
-        writing = time.perf_counter()
-        self.store.write({name: tensor for name, tensor in prediction.items() if name not in verdict.unmoved})
-        del prediction
-        if self.nowcaster.has_memory:
-            self._settle()
-        seconds = measuring - started + time.perf_counter() - writing
-        self.nowcasts += 1
-        self.seconds += seconds
-        return NowcastEvent(
-            **common,
-            seconds=seconds,
-            step_norm=verdict.step_norm,
-            relative_step_norm=verdict.relative_step_norm,
-            accepted=True,
-            loss_before=before,
-            loss_after=self._measure(),
-        )
-
-    def _refuse(self, reason: str, error: Exception | None, common: dict[str, int], started: float) -> NowcastEvent:
-        self.rejected += 1
-        if self.nowcaster.has_memory:  # what it carries may be spoilt by what it just computed
-            self.nowcaster.load_memory({})
-            self._settle()
-        if self.on_invalid == "raise":
-            self._forget()
-            raise InvalidNowcast(f"nowcast at step {common['step']}: {reason}") from error
-        if error is None:
-            logger.warning(f"Nowcast at step {common['step']} skipped: {reason}.")
-        else:
-            self._say_once(f"Nowcast skipped: {reason}. Training goes on; this is said once.")
-        seconds = time.perf_counter() - started
-        self.seconds += seconds
-        return NowcastEvent(**common, seconds=seconds, reason=reason)
-
-    def _settle(self) -> None:
-        self.nowcaster.settle(self.store.live())
-        self._settled = True
-
-    def _measure(self) -> float | None:
-        if self.measure is None:
-            return None
-        try:
-            with preserved_rng():
-                return float(self.measure())
-        except Exception as error:
-            self._say_once(f"The loss around nowcasts cannot be measured ({type(error).__name__}: {error}).")
-            return None
+    # -- the rest ---------------------------------------------------------------------------------------------------
 
     def _build_graph(self) -> None:
         if not self.nowcaster.needs_graph or self.graph is not None:
@@ -383,11 +364,22 @@ class Nowcasting(Resumable):
             )
 
     def _check_optimizer(self, optimizer: Any) -> None:
-        optimizer = getattr(optimizer, "optimizer", optimizer)  # inside accelerate's wrapper
         if optimizer is not None:
-            check_optimizer(optimizer)
+            check_optimizer(self._unwrap(optimizer))
 
     def _say_once(self, message: str) -> None:
         if message not in self._said:
             self._said.add(message)
             logger.warning(message)
+
+
+def _stop_step(stop_step: int | None, stop_fraction: float | None, max_steps: int | None) -> int | None:
+    """The earlier of the two ends."""
+    if stop_fraction is None:
+        return stop_step
+    if not 0 < stop_fraction <= 1:
+        raise ValueError(f"`stop_fraction` must be above 0 and at most 1, got {stop_fraction}")
+    if max_steps is None:
+        raise ValueError("`stop_fraction` needs `max_steps`, the length of the run, got None")
+    end = int(stop_fraction * max_steps)
+    return end if stop_step is None else min(stop_step, end)

@@ -7,12 +7,13 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from ..nowcaster.base import Nowcaster
+from .compatibility import check_optimizer
 from .event import NowcastEvent
+from .losses import as_loss
 from .nowcasting import Nowcasting
-from .parameters import check_optimizer
 
 
 class NiNo(torch.optim.Optimizer):
@@ -23,6 +24,10 @@ class NiNo(torch.optim.Optimizer):
         optimizer = NiNo(torch.optim.AdamW(model.parameters()), model, "linear", max_steps=10_000)
         scheduler = get_scheduler("cosine", optimizer, 100, 10_000)
         optimizer.lr_scheduler = scheduler          # the horizon then knows the learning rate that is left
+        ...
+        loss.backward()
+        optimizer.record_loss(loss)                 # a nowcast that does harm can then be taken back
+        optimizer.step()
 
     It is a ``torch.optim.Optimizer`` for learning-rate schedulers, ``GradScaler`` and ``accelerator.prepare``: its
     parameter groups, state and defaults are those of the base optimizer, and so is :meth:`state_dict`.  The nowcasting
@@ -120,8 +125,19 @@ class NiNo(torch.optim.Optimizer):
             self._begun = True
             self.nowcasting.begin(None, self.base_optimizer)
         value = self.base_optimizer.step(closure)
+        if closure is not None and not self.nowcasting.losses.recorded and as_loss(value) is not None:
+            self.nowcasting.record_loss(value)
         self.nowcasting.step(optimizer=self.base_optimizer)
         return value
+
+    def record_loss(self, loss: Tensor | float) -> None:
+        """Tell the training loss, before :meth:`step`: what ``backward`` was called on, for every micro-batch.
+
+        Nowcasts on probation are judged by it; without it, and without a closure that returns it, none is taken back.
+        A tensor stays on its device; the host does not wait for it.  The loss of a step that a ``GradScaler`` skipped
+        is added to that of the next one, where a single one does no harm.
+        """
+        self.nowcasting.record_loss(loss)
 
     def _is_rehearsal(self) -> bool:
         """A step with learning rate 0 and gradients 0 only fills the state: torch.distributed.checkpoint does that."""
@@ -151,7 +167,10 @@ class NiNo(torch.optim.Optimizer):
         return self.nowcasting.events[-1] if self.nowcasting.events else None
 
     def save(self, directory: str | os.PathLike) -> None:
-        """Write the nowcasting state into ``directory`` (safetensors and JSON), beside your own checkpoint."""
+        """Write the nowcasting state into ``directory`` (safetensors and JSON), beside your own checkpoint.
+
+        With several ranks, on one of them, after ``optimizer.nowcasting.synchronize()`` on all.
+        """
         self.nowcasting.save(directory)
 
     def load(self, directory: str | os.PathLike) -> bool:
@@ -165,6 +184,7 @@ class NiNo(torch.optim.Optimizer):
         """
 
         def save(models: Any, weights: Any, directory: str) -> None:
+            self.nowcasting.synchronize()
             if accelerator.is_main_process:
                 self.save(directory)
 

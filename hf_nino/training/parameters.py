@@ -85,6 +85,10 @@ class ParameterStore:
         """Whether every rank says so; ranks must take the same decision, or their parameters drift apart."""
         return accepted
 
+    def average(self, values: Tensor) -> list[float]:
+        """``values`` on the host, averaged over the ranks; on all ranks at once."""
+        return values.tolist()
+
     @torch.no_grad()
     def fingerprint(self) -> list[float]:
         """Sum and sum of magnitudes over all parameters (float64): tells one state of a model from another."""
@@ -112,6 +116,11 @@ class ReplicatedStore(ParameterStore):
         votes = torch.tensor(int(accepted), dtype=torch.int32, device=device)
         torch.distributed.all_reduce(votes, op=torch.distributed.ReduceOp.MIN)
         return bool(votes.item())
+
+    def average(self, values: Tensor) -> list[float]:
+        values = values.to(next(iter(self.live().values())).device, copy=True)
+        torch.distributed.all_reduce(values)
+        return (values / torch.distributed.get_world_size()).tolist()
 
 
 def make_store(model: nn.Module) -> ParameterStore:
@@ -143,24 +152,6 @@ def make_store(model: nn.Module) -> ParameterStore:
 def signature_hash(signature: Signature) -> str:
     """SHA-256 of a signature, for checkpoints."""
     return hashlib.sha256(json.dumps(signature).encode()).hexdigest()
-
-
-def check_optimizer(optimizer: torch.optim.Optimizer) -> None:
-    """Refuse optimizers whose own state would contradict a nowcast.
-
-    Raises:
-        ValueError: schedule-free optimizers: the parameters are an average that they keep; writing into the parameters
-            would be undone or would corrupt the average.
-    """
-    groups = getattr(optimizer, "param_groups", [])
-    state = getattr(optimizer, "state", {})
-    averages = any("train_mode" in group for group in groups)
-    averages = averages or any(isinstance(entry, Mapping) and "z" in entry for entry in state.values())
-    if averages:
-        raise ValueError(
-            f"`optimizer` must not be schedule-free, got {type(optimizer).__name__}: it keeps averages of the "
-            "parameters that a nowcast would contradict; use the plain form of the optimizer, for example AdamW"
-        )
 
 
 def _unsupported(what: str) -> str:

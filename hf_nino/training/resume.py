@@ -11,8 +11,12 @@ from transformers.utils import logging
 from ..nowcaster.base import Nowcaster
 from .checkpoint import UnreadableCheckpoint, read_checkpoint, write_checkpoint
 from .history import History
+from .horizon import Trust
+from .losses import LossMeter
 from .outlook import Outlook
 from .parameters import ParameterStore, Signature, signature_hash
+from .probation import Probation
+from .undo import Undo
 
 logger = logging.get_logger(__name__)
 
@@ -25,12 +29,18 @@ class Resumable:
     store: ParameterStore
     history: History
     outlook: Outlook
+    losses: LossMeter
+    probation: Probation
+    trust: Trust
+    undo: Undo
     period: int
     interval: int
     step_count: int
     skipped_steps: int
     nowcasts: int
     rejected: int
+    taken_back: int
+    stopped: bool
     seconds: float
     _settled: bool
     _signature: Signature
@@ -46,11 +56,14 @@ class Resumable:
         Raises:
             OSError: a snapshot is to be on the disk and is not.
         """
-        return {"state": self._state(), "tensors": self.history.to_safetensors() | self._memory()}
+        return {"state": self._state(), "tensors": self.history.to_safetensors() | self._memory() | self._undo()}
 
     def _memory(self) -> dict[str, Tensor]:
         memory = self.nowcaster.memory() if self.nowcaster.has_memory else {}
         return {f"memory/{name}": tensor for name, tensor in memory.items()}
+
+    def _undo(self) -> dict[str, Tensor]:
+        return {f"undo/{name}": tensor for name, tensor in self.undo.tensors().items()}
 
     def _state(self) -> dict[str, Any]:
         return {
@@ -66,6 +79,12 @@ class Resumable:
             "interval": self.interval,
             "snapshot_steps": self.history.steps,
             **self.outlook.state(),
+            "taken_back": self.taken_back,
+            "stopped": self.stopped,
+            "trust": self.trust.share,
+            "probation": self.probation.state(),
+            "losses": self.losses.state(),
+            "undo": self.undo.numbers(),
             "settled": self._settled,
             "signature": signature_hash(self.store.signature()),
             "fingerprint": self.store.fingerprint(),
@@ -85,6 +104,7 @@ class Resumable:
         self.nowcasts, self.rejected = int(state["nowcasts"]), int(state["rejected"])
         self.seconds = float(state["seconds"])
         self.outlook.warmup_end = state["warmup_end"]
+        self.taken_back, self.stopped = int(state.get("taken_back", 0)), bool(state.get("stopped", False))
         self._loaded = {"fingerprint": None}
         mine = {
             "kind": type(self.nowcaster).__name__,
@@ -100,14 +120,20 @@ class Resumable:
             what = "the trainable parameters differ" if key == "signature" else f"{key} was {saved!r} and is {now!r}"
             self._drop(f"does not fit this run: {what}")
             return False
-        history = {name: tensor for name, tensor in tensors.items() if not name.startswith("memory/")}
+        history = {name: tensor for name, tensor in tensors.items() if not name.startswith(("memory/", "undo/"))}
         memory = {name.removeprefix("memory/"): t for name, t in tensors.items() if name.startswith("memory/")}
+        undo = {name.removeprefix("undo/"): t for name, t in tensors.items() if name.startswith("undo/")}
         try:
             self.history.load(history, list(state["snapshot_steps"]), self._signature, self.store.live())
             self.outlook.load(state)
             if self.nowcaster.has_memory and state["settled"]:
                 self.nowcaster.load_memory(memory)
                 self._settled = True
+            if "probation" in state:
+                self.trust.share = float(state["trust"])
+                self.losses.load(state["losses"])
+                self.undo.load(undo, state["undo"], self.step_count)
+                self.probation.load(state["probation"])
         except Exception as error:
             self._drop(f"cannot be restored ({type(error).__name__}: {error})")
             return False
@@ -115,13 +141,16 @@ class Resumable:
         return True
 
     def save(self, directory: str | os.PathLike) -> None:
-        """Write ``nino_history.safetensors`` and ``nino_state.json`` into ``directory``; on rank 0 only under DDP.
+        """Write ``nino_history.safetensors`` and ``nino_state.json`` into ``directory``.
+
+        Under DDP on rank 0 only, after ``synchronize()`` on all ranks.
 
         Snapshots on the disk are linked (or copied) beside them.  If the disk failed them, a warning says so and the
         checkpoint holds everything else.
         """
         state, tensors, files = self._state(), self._memory(), []
         try:
+            tensors |= self._undo()
             files = self.history.files()
             if not files:
                 tensors |= self.history.to_safetensors()
@@ -130,7 +159,9 @@ class Resumable:
                 f"Snapshots could not be written to {self.history.device} ({type(error).__name__}: {error}); the "
                 "checkpoint is saved without them, and a run resumed from it warms up."
             )
-            state |= {"snapshot_steps": [], "learning_rates": []}
+            tensors = {name: tensor for name, tensor in tensors.items() if not name.startswith("undo/")}
+            state |= {"snapshot_steps": [], "learning_rates": [], "undo": {}}
+            state["probation"]["opened"] = None
         write_checkpoint(directory, state, tensors, files)
 
     def load(self, directory: str | os.PathLike) -> bool:
@@ -153,6 +184,9 @@ class Resumable:
         logger.warning(f"The nowcasting state of the checkpoint {why}. Nowcasting warms up with a new history.")
         self._forget()
         self._settled = False
+        self.probation.abandon()
+        self.undo.release()
+        self.losses.clear()
         if self.nowcaster.has_memory:
             self.nowcaster.load_memory({})
 
@@ -172,7 +206,8 @@ class Resumable:
         else:
             return behind == 1
         self._drop(reason)
-        self.nowcasts = self.rejected = self.skipped_steps = 0
+        self.nowcasts = self.rejected = self.skipped_steps = self.taken_back = 0
+        self.stopped = False
         self.seconds = 0.0
         self.outlook.warmup_end = None
         self.step_count = self.step_count if global_step is None else global_step

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import copy
+import itertools
 import os
+from collections import deque
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import nn
+from torch.nn.modules.batchnorm import _BatchNorm
 from transformers import Trainer, TrainingArguments
 
 from ..nowcaster.base import Nowcaster
@@ -18,6 +21,8 @@ from .nowcasting import ON_INVALID, Nowcasting
 from .storage import as_dtype, check_place
 
 NO_NOWCASTER = "none"
+# Training batches that are held on to, in models with batch normalization, to compute its statistics anew from.
+RECENT = 8
 
 
 @dataclass
@@ -46,11 +51,45 @@ class NiNoArguments:
     nowcast_horizon: str = field(
         default="lr-budget",
         metadata={
-            "help": "How far to look ahead: 'lr-budget', 'paper' (decays with progress) or a number of intervals"
+            "help": (
+                "How far to look ahead: 'lr-budget', 'paper' (decays with progress), 'adaptive' (follows what earlier "
+                "nowcasts brought) or a number of intervals."
+            )
         },
     )
     nowcast_start_step: int = field(default=0, metadata={"help": "No snapshot up to this step."})
     nowcast_stop_step: int | None = field(default=None, metadata={"help": "No nowcast after this step."})
+    nowcast_stop_fraction: float | None = field(
+        default=None, metadata={"help": "No nowcast after this share of the run, above 0 and at most 1."}
+    )
+    nowcast_patience: int | None = field(
+        default=None,
+        metadata={
+            "help": (
+                "Steps after which a nowcast is taken back if training is worse off than without it; 0: never. "
+                "Default: a hundredth of the run, 30 to 200."
+            )
+        },
+    )
+    nowcast_max_failures: int = field(
+        default=3, metadata={"help": "Nowcasts taken back in a row after which there are no more."}
+    )
+    nowcast_undo_device: str | None = field(
+        default=None,
+        metadata={
+            "help": (
+                "Where parameters and optimizer state are kept meanwhile: 'cpu', 'model', 'disk:PATH' or a device. "
+                "Default: where snapshots live."
+            )
+        },
+    )
+    nowcast_probe_batches: int = field(
+        default=0,
+        metadata={"help": "Evaluation batches on which each nowcast is tried: put back at once if their loss is nan."},
+    )
+    nowcast_observe_only: bool = field(
+        default=False, metadata={"help": "Predict and measure, but write nothing into the model."}
+    )
     nowcast_history_device: str = field(
         default="cpu",
         metadata={
@@ -71,6 +110,8 @@ class NiNoArguments:
     def __post_init__(self) -> None:
         Horizon(self.nowcast_horizon)
         check_place(self.nowcast_history_device)
+        if self.nowcast_undo_device is not None:
+            check_place(self.nowcast_undo_device)
         as_dtype(self.nowcast_history_dtype)
         if self.nowcast_on_invalid not in ON_INVALID:
             raise ValueError(f"`nowcast_on_invalid` must be one of {ON_INVALID}, got {self.nowcast_on_invalid!r}")
@@ -78,6 +119,13 @@ class NiNoArguments:
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ValueError(f"`{name}` must be at least 1 step, got {value}")
+        for name, least in (("nowcast_patience", 0), ("nowcast_max_failures", 1), ("nowcast_probe_batches", 0)):
+            value = getattr(self, name)
+            if value is not None and value < least:
+                raise ValueError(f"`{name}` must be at least {least}, got {value}")
+        fraction = self.nowcast_stop_fraction
+        if fraction is not None and not 0 < fraction <= 1:
+            raise ValueError(f"`nowcast_stop_fraction` must be above 0 and at most 1, got {fraction}")
         post_init = getattr(super(), "__post_init__", None)
         if post_init is not None:
             post_init()
@@ -97,7 +145,8 @@ class NiNoTrainerMixin:
     A :class:`~hf_nino.training.callback.NiNoCallback` does the work.  The mixin adds what a callback cannot do: the
     nowcasting state is written with the optimizer's, before a checkpoint is uploaded or rotated, and read when
     training resumes; the ``nino_*`` numbers of the last nowcast go into the next log, and so to ``log_history`` and
-    every tracker of ``report_to``; and the loss around nowcasts can be measured.
+    every tracker of ``report_to``; the loss of every step is seen, so that nowcasts are on probation; statistics of
+    batch normalization are computed anew from the last training batches; and the loss around nowcasts can be measured.
 
     Args:
         *args, **kwargs: of the ``Trainer``; its ``args`` may be plain ``TrainingArguments``, then the defaults of
@@ -111,13 +160,18 @@ class NiNoTrainerMixin:
         defaults = NiNoArguments()
         settings = {name: getattr(self.args, name, value) for name, value in vars(defaults).items()}
         nowcaster = settings["nowcaster"] if nowcaster is None else nowcaster
-        self._nowcast_batch: Any = None
+        self._nowcast_batches: list[Any] = []
+        self._collects_statistics: bool | None = None
+        self._recent_inputs: deque[dict[str, Any]] = deque(maxlen=RECENT)
         self.nino_callback: NiNoCallback | None = None
         if isinstance(nowcaster, str) and nowcaster == NO_NOWCASTER:
             return
+        probes = settings["nowcast_probe_batches"]
         measures = settings["nowcast_measure_loss"]
-        if measures and self.eval_dataset is None:
-            raise ValueError("`nowcast_measure_loss` needs an `eval_dataset` to take a batch from, got None")
+        self._nowcast_measured = max(probes, 1)
+        if (measures or probes) and self.eval_dataset is None:
+            which = "nowcast_measure_loss" if measures else "nowcast_probe_batches"
+            raise ValueError(f"`{which}` needs an `eval_dataset` to take a batch from, got None")
         self.nino_callback = NiNoCallback(
             nowcaster,
             period=settings["nowcast_period"],
@@ -128,10 +182,17 @@ class NiNoTrainerMixin:
             history_device=settings["nowcast_history_device"],
             history_dtype=settings["nowcast_history_dtype"],
             on_invalid=settings["nowcast_on_invalid"],
-            measure=self._nowcast_loss if measures else None,
+            stop_fraction=settings["nowcast_stop_fraction"],
+            patience=settings["nowcast_patience"],
+            max_failures=settings["nowcast_max_failures"],
+            undo_device=settings["nowcast_undo_device"],
+            observe_only=settings["nowcast_observe_only"],
+            measure=self._nowcast_loss if measures or probes else None,
+            statistics_batches=lambda: list(self._recent_inputs),
             example_inputs=self._nowcast_inputs,
         )
         self.nino_callback.trainer_logs = self.nino_callback.trainer_saves = True
+        self.nino_callback.trainer_records = True
         # Right after the callback that only sets flags, before any that reads or saves parameters.
         self.callback_handler.callbacks.insert(1, self.nino_callback)
 
@@ -142,13 +203,30 @@ class NiNoTrainerMixin:
 
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
         super()._save_optimizer_and_scheduler(output_dir)
-        if self.nowcasting is not None and self.args.should_save:
-            self.nowcasting.save(output_dir)
+        if self.nowcasting is not None:
+            self.nowcasting.synchronize()
+            if self.args.should_save:
+                self.nowcasting.save(output_dir)
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         super()._load_optimizer_and_scheduler(checkpoint)
         if checkpoint is not None and self.nino_callback is not None:
             self.nino_callback.resume_from = checkpoint
+
+    def training_step(self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> torch.Tensor:
+        """A step of the Trainer's; its loss is kept on the device for the nowcasts on probation."""
+        batch = dict(inputs) if self.nowcasting is not None and self._has_statistics() else None
+        loss = super().training_step(model, inputs, *args, **kwargs)
+        if self.nowcasting is not None:
+            self.nowcasting.record_loss(loss)
+        if batch is not None:
+            self._recent_inputs.append(self._prepare_inputs(batch))
+        return loss
+
+    def _has_statistics(self) -> bool:
+        if self._collects_statistics is None:
+            self._collects_statistics = any(isinstance(m, _BatchNorm) for m in self.model.modules())
+        return self._collects_statistics
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
         """Log ``logs``, and with logs of training what the last nowcast has to say."""
@@ -171,26 +249,30 @@ class NiNoTrainerMixin:
         return self._prepare_inputs(collate([example]))
 
     def _nowcast_loss(self) -> float:
-        """The loss on the first evaluation batch; training flags and collected metrics stay as they are."""
-        if self._nowcast_batch is None:
+        """The loss on the first evaluation batches; training flags and collected metrics stay as they are."""
+        if not self._nowcast_batches:
             dataset = self.eval_dataset
             if isinstance(dataset, dict):
                 dataset = next(iter(dataset.values()))
-            self._nowcast_batch = next(iter(self.get_eval_dataloader(dataset)))
+            batches = iter(self.get_eval_dataloader(dataset))
+            self._nowcast_batches = list(itertools.islice(batches, self._nowcast_measured))
         model: nn.Module = self.model_wrapped
         training = [module for module in model.modules() if module.training]
         metrics = copy.deepcopy(getattr(self, "_metrics", None))  # TRL collects there what compute_loss sees
         model.eval()
         try:
-            loss, _, _ = self.prediction_step(model, dict(self._nowcast_batch), prediction_loss_only=True)
+            losses = [
+                self.prediction_step(model, dict(batch), prediction_loss_only=True)[0]
+                for batch in self._nowcast_batches
+            ]
         finally:
             for module in training:
                 module.training = True
             if metrics is not None:
                 self._metrics = metrics
-        if loss is None:
+        if any(loss is None for loss in losses):
             raise ValueError("the model returns no loss on the evaluation batch; does it have labels?")
-        loss = loss.mean().detach()
+        loss = torch.stack([loss.mean().detach() for loss in losses]).mean()
         if self.args.world_size > 1:
             torch.distributed.all_reduce(loss)
             loss /= self.args.world_size

@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from hf_nino.training import judge
+from hf_nino.training import judge, tame
 
 
 def states(count=3, move=0.1, size=1.0):
@@ -34,13 +34,65 @@ def test_a_straight_line_passes_at_any_horizon(horizon):
 
 
 def test_the_limit_is_where_it_says():
-    """9.9 times the horizon times the largest move passes, 10.1 times does not; the message has name and numbers."""
+    """2.9 times a straight line at the usual speed passes as it is; 3.1 times is shortened to 3 times."""
     history = states()
-    below, above = line(history, 2 * 9.9), line(history, 2 * 10.1)
-    assert judge(history, below, 2).accepted
+    below, above = line(history, 2 * 2.9), line(history, 2 * 3.1)
+    assert judge(history, below, 2).shortened == {}
     verdict = judge(history, above, 2)
+    assert verdict.accepted and "2 shortened (such as 'a')" in verdict.remarks
+    written, limit = tame(history[-1], above, verdict), line(history, 2 * 3)
+    assert all(torch.allclose(written[name], limit[name], rtol=1e-3, atol=1e-3) for name in limit)
+    assert verdict.step_norm == pytest.approx(judge(history, limit, 2).step_norm, rel=1e-3)
+
+
+def many(absurd):
+    """Ten parameters, and a prediction that is absurd for some of them."""
+    history = [{f"{i}": torch.full((3,), 1.0 + 0.1 * t + i) for i in range(10)} for t in range(3)]
+    prediction = line(history, 2)
+    return history, prediction | {f"{i}": prediction[f"{i}"] + 100 for i in range(absurd)}
+
+
+def test_a_tensor_with_an_absurd_step_is_left_alone_and_most_of_them_refuse_the_nowcast():
+    """Up to half of the parameters are left out, the others written as predicted; with more, nothing is written, and
+    the reason names a parameter and the rule."""
+    history, prediction = many(5)
+    verdict = judge(history, prediction, 2)
+    assert verdict.accepted and verdict.left_alone == {"0", "1", "2", "3", "4"}
+    written = tame(history[-1], prediction, verdict)
+    assert written.keys() == {"5", "6", "7", "8", "9"} and all(written[n] is prediction[n] for n in written)
+    history, prediction = many(6)
+    verdict = judge(history, prediction, 2)
     assert not verdict.accepted
-    assert "'a'" in verdict.reason and "10 x 2 intervals" in verdict.reason
+    assert "'0'" in verdict.reason and "3 x 2 intervals" in verdict.reason
+
+
+def test_one_leap_in_the_history_does_not_raise_the_limit():
+    """The usual move is the median: an interval in which a parameter moved a hundred times as far does not count."""
+    history = states(count=5)
+    for state in history[3:]:
+        state["b"] = state["b"] + 100
+    jump = history[-1] | {"b": history[-1]["b"] + 50}
+    assert "b" in judge(history, jump, 2).left_alone
+
+
+def test_the_alignment_is_the_cosine_with_the_historys_move():
+    """1 for a straight line, -1 for the way back, near 0 for noise, unknown for a history of one state."""
+    history = states()
+    assert judge(history, line(history, 2), 2).alignment == pytest.approx(1.0, abs=1e-5)
+    assert judge(history, line(history, -1), 2).alignment == pytest.approx(-1.0, abs=1e-5)
+    large = [{"a": torch.randn(10_000, generator=torch.Generator().manual_seed(0)) * t} for t in range(3)]
+    noise = {"a": large[-1]["a"] + torch.randn(10_000, generator=torch.Generator().manual_seed(1))}
+    assert abs(judge(large, noise, 2).alignment) < 0.05
+    assert math.isnan(judge(history[-1:], history[-1], 1).alignment)
+
+
+def test_a_share_of_the_step_can_be_taken():
+    """``share=0.5`` goes half of the way."""
+    history = states()
+    prediction = line(history, 2)
+    half = tame(history[-1], prediction, judge(history, prediction, 2), share=0.5)
+    expected = line(history, 1)
+    assert all(torch.allclose(half[name], expected[name], atol=1e-6) for name in expected)
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
@@ -100,5 +152,5 @@ def test_a_parameter_that_only_rounds_vetoes_nothing(move, still):
         state["b"] = torch.ones(4) + move * i
     prediction = line(history, 2) | {"b": history[-1]["b"] + 0.02}
     verdict = judge(history, prediction, 2)
-    assert verdict.accepted is still
-    assert ("b" in verdict.unmoved) is still
+    assert verdict.accepted
+    assert ("b" in verdict.unmoved) is still and ("b" in verdict.left_alone) is not still

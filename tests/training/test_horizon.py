@@ -8,7 +8,7 @@ from torch.optim import lr_scheduler as schedulers
 from training_helpers import mlp
 from transformers import get_scheduler
 
-from hf_nino.training import Horizon
+from hf_nino.training import Horizon, Trust
 from hf_nino.training.horizon import budget_horizon, paper_horizons
 from hf_nino.training.learning_rate import UnforeseeableSchedule, foresee, future_learning_rates, warmup_steps
 
@@ -171,10 +171,42 @@ def test_a_number_is_taken_at_its_word_within_the_nowcasters_reach():
     where = {"step": 10, "period": 10, "interval": 2}
     assert Horizon(8).now(**where, max_horizon=40) == Horizon("8").now(**where, max_horizon=40) == 8
     assert Horizon(8).now(**where, max_horizon=4) == 4
+    assert Horizon("constant:8") == Horizon(8)
 
 
-@pytest.mark.parametrize("policy", ["budget", 0, -1, 1.5, True, "0", None])
+@pytest.mark.parametrize("policy", ["budget", "constant", "constant:0", 0, -1, 1.5, True, "0", None])
 def test_bad_policies_are_refused(policy):
     """Anything but the two names and whole numbers from 1 raises and names the argument."""
     with pytest.raises(ValueError, match="`horizon` must be"):
         Horizon(policy)
+
+
+def test_adaptive_follows_the_budget_and_what_nowcasts_brought():
+    """Its own horizon is the budget's; trust begins at a half, grows when nowcasts pay off, up to the whole, and falls
+    when they do not."""
+    rates = {"past": (1.0,), "future": [(1.0,)] * 100}
+    where = {"step": 10, "period": 10, "interval": 5, "max_horizon": 40}
+    assert Horizon("adaptive").now(**where, **rates) == Horizon("lr-budget").now(**where, **rates) == 20
+    trust = Trust(adaptive=True)
+    assert trust.reach(20) == (10, 1.0)
+    trust.kept(None)
+    assert trust.reach(20) == (10, 1.0)
+    trust.kept(True)
+    assert trust.reach(20) == (15, 1.0)
+    trust.kept(True)
+    assert trust.reach(20) == (20, 1.0)
+    for _ in range(40):
+        trust.kept(False)
+    assert 0 < trust.share < 0.1
+
+
+def test_below_one_interval_the_step_gets_shorter():
+    """Halved from 4 intervals: 2, 1, then half and a quarter of the step to the first; passing doubles it again."""
+    trust, found = Trust(adaptive=False), []
+    for _ in range(4):
+        trust.taken_back()
+        found.append(trust.reach(4))
+    assert found == [(2, 1.0), (1, 1.0), (1, 0.5), (1, 0.25)]
+    for _ in range(9):
+        trust.kept(None)
+    assert trust.reach(4) == (4, 1.0) and trust.reach(0) == (0, 1.0)

@@ -185,7 +185,8 @@ def test_arguments_can_be_given_on_a_command_line():
     parser = HfArgumentParser(NiNoTrainingArguments)
     line = "--output_dir out --nowcaster org/name --nowcast-period 100 --nowcast_interval 10 --nowcast_horizon 8"
     line += " --nowcast_start_step 5 --nowcast_stop_step 900 --nowcast_history_device model --nowcast_on_invalid raise"
-    line += " --nowcast_measure_loss --use_cpu"
+    line += " --nowcast_measure_loss --use_cpu --nowcast_patience 40 --nowcast_max_failures 2 --nowcast_observe_only"
+    line += " --nowcast_undo_device model --nowcast_probe_batches 3 --nowcast_stop_fraction 0.9"
     (args,) = parser.parse_args_into_dataclasses(line.split())
     assert (args.nowcaster, args.nowcast_period, args.nowcast_interval) == ("org/name", 100, 10)
     assert (args.nowcast_horizon, args.nowcast_start_step, args.nowcast_stop_step) == ("8", 5, 900)
@@ -194,6 +195,8 @@ def test_arguments_can_be_given_on_a_command_line():
         "raise",
         True,
     )
+    assert (args.nowcast_patience, args.nowcast_max_failures, args.nowcast_observe_only) == (40, 2, True)
+    assert (args.nowcast_undo_device, args.nowcast_probe_batches, args.nowcast_stop_fraction) == ("model", 3, 0.9)
     (defaults,) = parser.parse_args_into_dataclasses(["--output_dir", "out", "--use_cpu"])
     assert (defaults.nowcaster, defaults.nowcast_period, defaults.nowcast_measure_loss) == ("linear", None, False)
     assert NiNoTrainingArguments("out", use_cpu=True).output_dir == "out"
@@ -202,7 +205,15 @@ def test_arguments_can_be_given_on_a_command_line():
 
 @pytest.mark.parametrize(
     ("field", "value"),
-    [("nowcast_horizon", "far"), ("nowcast_on_invalid", "ignore"), ("nowcast_period", 0), ("nowcast_interval", -1)],
+    [
+        ("nowcast_horizon", "far"),
+        ("nowcast_on_invalid", "ignore"),
+        ("nowcast_period", 0),
+        ("nowcast_interval", -1),
+        ("nowcast_patience", -1),
+        ("nowcast_max_failures", 0),
+        ("nowcast_stop_fraction", 0.0),
+    ],
 )
 def test_bad_fields_are_refused(tmp_path, field, value):
     """Each raises when the arguments are made, in both classes."""
@@ -241,3 +252,44 @@ def test_a_graph_nowcaster_reads_the_inputs_of_a_users_own_module_from_the_data(
     trainer.train_dataset = None
     with pytest.raises(ValueError, match="`example_inputs` must be given for a Regression"):
         trainer.nowcasting.graph.from_model(model, trainer._nowcast_inputs())
+
+
+class Normed(Regression):
+    """The same with batch normalization."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm = torch.nn.BatchNorm1d(5)
+
+    def forward(self, x, labels):
+        prediction = self.last(torch.relu(self.norm(self.hidden(x))))
+        return {"loss": (prediction - labels).square().mean(), "prediction": prediction}
+
+
+def test_statistics_are_computed_anew_from_the_last_training_batches(tmp_path, caplog):
+    """Right after the last nowcast, at the run's last step, they are the means over the batches before it."""
+    generator = torch.Generator().manual_seed(0)
+    data = [{"x": torch.randn(3, generator=generator), "labels": torch.ones(1)} for _ in range(64)]
+    args = arguments(tmp_path, NiNoTrainingArguments, nowcast_period=PERIOD, nowcast_horizon="1", max_steps=PERIOD)
+    torch.manual_seed(0)
+    model = Normed()
+    trainer = NiNoTrainer(model=model, args=args, train_dataset=data, nowcaster=Line())
+    trainer.train()
+    assert trainer.nowcasting.nowcasts == 1 and len(trainer._recent_inputs) == PERIOD
+    means = [model.hidden(batch["x"]).mean(0) for batch in trainer._recent_inputs]
+    assert torch.allclose(model.norm.running_mean, torch.stack(means).mean(0), atol=1e-6)
+    assert not any("batch normalization" in record.message for record in caplog.records)
+
+
+def test_observing_a_trainers_run_changes_nothing_and_logs_what_would_have_been(tmp_path):
+    """Every state is the plain run's; the losses on two kept evaluation batches, before and after, are logged."""
+    plain = plain_trainer(tmp_path, [Record()])
+    plain.train()
+    settings = {"nowcast_observe_only": True, "nowcast_probe_batches": 2, "nowcast_period": PERIOD}
+    args = arguments(tmp_path, NiNoTrainingArguments, **settings)
+    data = {"train_dataset": tokens(), "eval_dataset": tokens(16, seed=1)}
+    trainer = NiNoTrainer(tiny_gpt2(), args, **data, nowcaster=Line(), callbacks=[Record()])
+    trainer.train()
+    assert all(same(state, recorded(plain)[step]) for step, state in recorded(trainer).items())
+    events = trainer.nowcasting.events
+    assert len(events) == 2 and events[0].loss_before != events[0].loss_after

@@ -177,6 +177,8 @@ class RawLoop:
             loss = nn.functional.mse_loss(self.model(x.to(self.dtype)), y.to(self.dtype))
             self.optimizer.zero_grad()
             loss.backward()
+            if isinstance(self.optimizer, NiNo):
+                self.optimizer.record_loss(loss)
             self.optimizer.step()
             self.scheduler.step()
             self.step += 1

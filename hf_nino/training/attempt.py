@@ -1,0 +1,154 @@
+"""One nowcast: predict, judge, write; or say why not."""
+
+from __future__ import annotations
+
+import math
+import time
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers.utils import logging
+
+from .batch_norm import recompute, with_statistics
+from .event import NowcastEvent
+from .guard import InvalidNowcast, Verdict, judge, tame
+from .rng import preserved_rng
+from .watching import Watching
+
+logger = logging.get_logger(__name__)
+
+
+class Attempting(Watching):
+    """The part of :class:`~hf_nino.training.nowcasting.Nowcasting` that makes a nowcast and writes it."""
+
+    graph: Any
+    on_invalid: str
+    observe_only: bool
+    statistics_batches: Any
+
+    def _nowcast(self, optimizer: Any, scheduler_stepped: bool) -> NowcastEvent:
+        started = time.perf_counter()
+        step = self.step_count
+        horizon = self.outlook.choose(
+            step=step,
+            scheduled_step=step + self.skipped_steps,
+            period=self.period,
+            interval=self.interval,
+            max_horizon=self.nowcaster.max_horizon,
+            optimizer=optimizer,
+            scheduler_stepped=scheduler_stepped,
+        )
+        horizon, share = self.trust.reach(min(horizon, self.nowcaster.reach))
+        if horizon < 1:
+            seconds = time.perf_counter() - started
+            return NowcastEvent(step, 0, 0, seconds, reason="the learning rate that is left allows no interval")
+        watch = not self.observe_only and self.probation.opened is None and self._can_watch(optimizer)
+        if watch and self.probation.too_late(step):
+            reason = f"the run ends before its probation of {self.probation.patience} steps would"
+            return NowcastEvent(step, 0, 0, time.perf_counter() - started, reason=reason)
+        memory = self.nowcaster.memory() if watch and self.nowcaster.has_memory else {}
+        error: Exception | None = None
+        writes: dict[str, Tensor] = {}
+        try:
+            states = self.history.states()
+            with preserved_rng(), torch.no_grad():
+                prediction = self.nowcaster.nowcast(self.graph, states, horizon)
+            verdict = judge(states, prediction, horizon)
+            if verdict.accepted:
+                writes = tame(states[-1], prediction, verdict, share)
+            del prediction, states
+        except Exception as caught:
+            error = caught
+            who = "the history" if isinstance(caught, OSError) else type(self.nowcaster).__name__
+            verdict = Verdict(False, f"{who} failed ({type(caught).__name__}: {caught})")
+        accepted = self.store.agree(verdict.accepted)
+        reason = verdict.reason or ("" if accepted else "another rank refused it")
+        reason = reason or self.probation.refuses(verdict.alignment)
+        common = {"step": step, "horizon": horizon, "horizon_steps": horizon * self.interval}
+        if reason:
+            return self._refuse(reason, error, common, started)
+        if verdict.remarks:
+            logger.info(f"Nowcast at step {step}, {verdict.remarks}.")
+        norms = {"step_norm": share * verdict.step_norm, "relative_step_norm": share * verdict.relative_step_norm}
+        seconds = time.perf_counter() - started
+        before = self._measure()
+        if self.observe_only:
+            return self._observe(writes, before, {**common, **norms, "seconds": seconds})
+
+        writing = time.perf_counter()
+        kept = watch and self._keep(optimizer, memory)
+        if kept:
+            self.probation.describe(horizon, verdict.alignment, before)
+        self.store.write(writes)
+        del writes
+        self._renew_statistics()
+        seconds += time.perf_counter() - writing
+        after = self._measure()
+        if kept and before is not None and math.isfinite(before) and (after is None or not math.isfinite(after)):
+            self._restore(optimizer)
+            self.probation.abandon()
+            return self._refuse(f"the loss on the fixed batches is {after} after it", None, common, started)
+        if self.nowcaster.has_memory:
+            self._settle()
+        self.probation.last_nowcast = step
+        self.nowcasts += 1
+        self.seconds += seconds
+        return NowcastEvent(**common, **norms, seconds=seconds, accepted=True, loss_before=before, loss_after=after)
+
+    def _observe(self, writes: dict[str, Tensor], before: float | None, found: dict[str, Any]) -> NowcastEvent:
+        """Measure the loss of what would have been written; the model is as it was afterwards, bit for bit."""
+        after = None
+        if before is not None:
+            live = self.store.live()
+            kept = {name: live[name].clone() for name in writes}
+            self.store.write(writes)
+            after = self._measure()
+            self.store.write(kept)
+        if self.nowcaster.has_memory:
+            self._settle()
+        self.seconds += found["seconds"]
+        return NowcastEvent(**found, loss_before=before, loss_after=after, reason="only observed")
+
+    def _refuse(self, reason: str, error: Exception | None, common: dict[str, int], started: float) -> NowcastEvent:
+        self.rejected += 1
+        if self.nowcaster.has_memory:  # what it carries may be spoilt by what it just computed
+            self.nowcaster.load_memory({})
+            self._settle()
+        if self.on_invalid == "raise":
+            self._forget()
+            raise InvalidNowcast(f"nowcast at step {common['step']}: {reason}") from error
+        if error is None:
+            logger.warning(f"Nowcast at step {common['step']} skipped: {reason}.")
+        else:
+            self._say_once(f"Nowcast skipped: {reason}. Training goes on; this is said once.")
+        if self.probation.patience:
+            self.probation.refused()
+            self._stop_if_hopeless()
+        seconds = time.perf_counter() - started
+        self.seconds += seconds
+        return NowcastEvent(**common, seconds=seconds, reason=reason)
+
+    def _settle(self) -> None:
+        self.nowcaster.settle(self.store.live())
+        self._settled = True
+
+    def _renew_statistics(self) -> None:
+        """Recompute the statistics of batch normalization for the parameters that were written."""
+        if not with_statistics(self.store.model):
+            return
+        batches = self.statistics_batches
+        batches = batches() if callable(batches) else batches
+        if not batches:
+            self._say_once(
+                "The statistics of batch normalization are those from before the nowcasts until training has renewed "
+                "them: evaluate some steps after a nowcast, or pass `statistics_batches` (NiNoTrainer does)."
+            )
+            return
+        try:
+            recompute(self.store.model, batches, lambda batch: self.store.model(**batch))
+        except Exception as error:
+            self._say_once(
+                f"The statistics of batch normalization cannot be recomputed ({type(error).__name__}: {error}); "
+                "training renews them in some steps."
+            )
