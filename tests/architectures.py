@@ -509,9 +509,13 @@ ARCHITECTURES = [
         # Latents move, the channels of a head that are not rotated within it, whole heads (8 such channels, 4 rotated
         # queries, 6 values and the head itself) though they share the rotated key, and whole experts.
         [
-            (1, 32, 5), *[(1, 28, 1), (1, 20, 1), (4, 8, 1), (4, 6, 1), (1, 4, 19)] * 2, (1, 48, 1), (4, 24, 1),
-            (1, 24, 1), (1, 4, 25),
-        ],  # fmt: skip
+            (1, 32, 5),
+            *[(1, 28, 1), (1, 20, 1), (4, 8, 1), (4, 6, 1), (1, 4, 19)] * 2,
+            (1, 48, 1),
+            (4, 24, 1),
+            (1, 24, 1),
+            (1, 4, 25),
+        ],
         pinned=["model.layers.0.self_attn.kv_a_proj_with_mqa[key]"],
     ),
     Architecture(

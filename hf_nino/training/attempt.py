@@ -7,7 +7,7 @@ import time
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers.utils import logging
 
 from .batch_norm import recompute, with_statistics
@@ -52,6 +52,7 @@ class Attempting(Watching):
         writes: dict[str, Tensor] = {}
         try:
             states = self.history.states()
+            self._place()
             with preserved_rng(), torch.no_grad():
                 prediction = self.nowcaster.nowcast(self.graph, states, horizon)
             verdict = judge(states, prediction, horizon)
@@ -128,6 +129,12 @@ class Attempting(Watching):
         seconds = time.perf_counter() - started
         self.seconds += seconds
         return NowcastEvent(**common, seconds=seconds, reason=reason)
+
+    def _place(self) -> None:
+        """Move a network to where the model is: its weights are small, and what it computes is not."""
+        device = next(iter(self.store.live().values())).device
+        if isinstance(self.nowcaster, nn.Module) and any(p.device != device for p in self.nowcaster.parameters()):
+            self.nowcaster.to(device)
 
     def _settle(self) -> None:
         self.nowcaster.settle(self.store.live())

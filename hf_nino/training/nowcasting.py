@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -16,6 +17,7 @@ from torch import nn
 from transformers.utils import logging
 
 from ..nowcaster.base import Nowcaster
+from ..nowcaster.precision import check_precision
 from .announcement import Announcement
 from .attempt import Attempting
 from .compatibility import check_optimizer
@@ -37,13 +39,25 @@ logger = logging.get_logger(__name__)
 ON_INVALID = ("skip", "raise")
 
 
-def resolve_nowcaster(nowcaster: str | os.PathLike | Nowcaster) -> Nowcaster:
-    """A :class:`Nowcaster` from an object, a bundled name, a path or a repo id."""
-    if isinstance(nowcaster, Nowcaster):
-        return nowcaster
-    from ..nowcaster.auto import load_nowcaster
+def resolve_nowcaster(nowcaster: str | os.PathLike | Nowcaster, precision: str | None = None) -> Nowcaster:
+    """A :class:`Nowcaster` from an object, a bundled name, a path or a repo id.
 
-    return load_nowcaster(nowcaster)
+    Args:
+        precision: of the engine, for those that have one (:mod:`hf_nino.nowcaster.precision`); ``None`` leaves it.
+
+    Raises:
+        ValueError: an unknown precision.
+    """
+    if precision is not None:
+        check_precision(precision)
+    if not isinstance(nowcaster, Nowcaster):
+        from ..nowcaster.auto import load_nowcaster
+
+        nowcaster = load_nowcaster(nowcaster)
+    engine = getattr(nowcaster, "engine", None)
+    if precision is not None and engine is not None:
+        nowcaster.engine = replace(engine, precision=precision)
+    return nowcaster
 
 
 class Nowcasting(Attempting):

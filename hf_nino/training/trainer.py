@@ -15,9 +15,10 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from transformers import Trainer, TrainingArguments
 
 from ..nowcaster.base import Nowcaster
+from ..nowcaster.precision import check_precision
 from .callback import NiNoCallback
 from .horizon import Horizon
-from .nowcasting import ON_INVALID, Nowcasting
+from .nowcasting import ON_INVALID, Nowcasting, resolve_nowcaster
 from .storage import as_dtype, check_place
 
 NO_NOWCASTER = "none"
@@ -99,6 +100,13 @@ class NiNoArguments:
     nowcast_history_dtype: str = field(
         default="float32", metadata={"help": "Dtype of snapshots: 'float32', 'float64', 'bfloat16' or 'float16'."}
     )
+    nowcast_precision: str | None = field(
+        default=None,
+        metadata={
+            "help": "How a network nowcaster computes: 'float32' (its default, exact) or 'fast' (products of edges "
+            "rounded)."
+        },
+    )
     nowcast_on_invalid: str = field(
         default="skip", metadata={"help": "What to do with a nowcast that fails or is refused: 'skip' it or 'raise'."}
     )
@@ -113,6 +121,8 @@ class NiNoArguments:
         if self.nowcast_undo_device is not None:
             check_place(self.nowcast_undo_device)
         as_dtype(self.nowcast_history_dtype)
+        if self.nowcast_precision is not None:
+            check_precision(self.nowcast_precision)
         if self.nowcast_on_invalid not in ON_INVALID:
             raise ValueError(f"`nowcast_on_invalid` must be one of {ON_INVALID}, got {self.nowcast_on_invalid!r}")
         for name in ("nowcast_period", "nowcast_interval"):
@@ -191,6 +201,7 @@ class NiNoTrainerMixin:
             statistics_batches=lambda: list(self._recent_inputs),
             example_inputs=self._nowcast_inputs,
         )
+        resolve_nowcaster(self.nino_callback.nowcaster, settings["nowcast_precision"])
         self.nino_callback.trainer_logs = self.nino_callback.trainer_saves = True
         self.nino_callback.trainer_records = True
         # Right after the callback that only sets flags, before any that reads or saves parameters.

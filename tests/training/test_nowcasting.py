@@ -402,3 +402,29 @@ def test_a_gap_in_the_callers_count_breaks_the_window():
         drift(model)
         nowcasting.step(step)
     assert [event.step for event in nowcasting.events] == [18]
+
+
+class Elsewhere(Line, torch.nn.Module):
+    """A network whose weights are on another device than the model; it only notes where it is sent."""
+
+    def __init__(self) -> None:
+        torch.nn.Module.__init__(self)
+        self.weight = torch.nn.Parameter(torch.empty(3, device="meta"))
+        self.sent: list[torch.device] = []
+
+    def to(self, device):
+        self.sent.append(device)
+        return self
+
+
+def test_a_network_computes_where_the_model_is():
+    """Before each nowcast it is moved to the parameters' device, wherever it was loaded."""
+    model = mlp()
+    nowcasting = Nowcasting(Elsewhere(), model, period=3, interval=1, horizon=1, max_steps=100)
+    for _ in range(7):
+        with torch.no_grad():
+            for parameter in model.parameters():
+                parameter += 1e-3
+        nowcasting.step()
+    assert nowcasting.nowcasts >= 1 and set(nowcasting.nowcaster.sent) == {torch.device("cpu")}
+    assert len(nowcasting.nowcaster.sent) == nowcasting.nowcasts

@@ -213,6 +213,7 @@ def test_arguments_can_be_given_on_a_command_line():
         ("nowcast_patience", -1),
         ("nowcast_max_failures", 0),
         ("nowcast_stop_fraction", 0.0),
+        ("nowcast_precision", "half"),
     ],
 )
 def test_bad_fields_are_refused(tmp_path, field, value):
@@ -248,6 +249,14 @@ def test_a_graph_nowcaster_reads_the_inputs_of_a_users_own_module_from_the_data(
     trainer.train()
     assert trainer.nowcasting.nowcasts >= 1
     assert trainer.nowcasting.graph.group("hidden").size == 5
+
+    assert nowcaster.engine.precision == "float32"
+    fast = arguments(tmp_path, NiNoTrainingArguments, nowcast_precision="fast")
+    assert (
+        NiNoTrainer(model=model, args=fast, train_dataset=data, nowcaster=nowcaster).nino_callback.nowcaster
+        is nowcaster
+    )
+    assert nowcaster.engine.precision == "fast"
 
     trainer.train_dataset = None
     with pytest.raises(ValueError, match="`example_inputs` must be given for a Regression"):
