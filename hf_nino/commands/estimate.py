@@ -104,6 +104,7 @@ def as_table(name: str, nowcaster: str, found: Estimate) -> str:
         (place, " and ".join(f"{readable(size)} of {kind}" for kind, size in memory.items()))
         for place, memory in found.memory.items()
     ]
+    rows.append(("probation", f"{readable(found.undo_bytes)}, while a nowcast can be taken back (AdamW)"))
     if found.carried_bytes:
         rows.append(("nowcaster", f"{readable(found.carried_bytes)}, carried from nowcast to nowcast"))
     rows += [

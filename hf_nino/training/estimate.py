@@ -92,6 +92,11 @@ class Estimate:
         return {"device": {"device": full}, "cpu": {"host": full}, "disk": {"disk": full, "host": self.snapshot_bytes}}
 
     @property
+    def undo_bytes(self) -> int:
+        """What is kept to take a nowcast back: float32 parameters and the two moments of Adam, where snapshots are."""
+        return 3 * 4 * self.parameters
+
+    @property
     def overhead(self) -> float:
         """Seconds of a nowcast and its snapshots over the seconds of the steps between two nowcasts."""
         spent = self.seconds_per_nowcast + self.context * self.seconds_per_snapshot
@@ -99,8 +104,8 @@ class Estimate:
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values, derived ones included."""
-        derived = {"snapshot_bytes": self.snapshot_bytes, "memory": self.memory, "overhead": self.overhead}
-        return asdict(self) | derived
+        names = ("snapshot_bytes", "memory", "undo_bytes", "overhead")
+        return asdict(self) | {name: getattr(self, name) for name in names}
 
     def __str__(self) -> str:
         text = (

@@ -86,6 +86,7 @@ def test_memory_is_what_a_full_history_takes(tmp_path, dtype):
     on_disk = sum(path.stat().st_size for path in histories[1].files()) - sum(headers)
     assert found.memory["cpu"] == {"host": in_memory} and found.memory["device"] == {"device": in_memory}
     assert found.memory["disk"] == {"disk": on_disk, "host": on_disk // 5}
+    assert found.undo_bytes == 12 * found.parameters == found.to_dict()["undo_bytes"]
 
 
 # -- calibration ----------------------------------------------------------------------------------------------------
