@@ -19,6 +19,8 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
 )
+bench_app = typer.Typer(help="Benchmarks.", no_args_is_help=True, rich_markup_mode=None)
+app.add_typer(bench_app, name="bench")
 
 
 class Arch(str, Enum):
@@ -30,6 +32,11 @@ class Schedule(str, Enum):
     linear = "linear"
     cosine = "cosine"
     constant_with_warmup = "constant_with_warmup"
+
+
+class Device(str, Enum):
+    cpu = "cpu"
+    cuda = "cuda"
 
 
 class PictureFormat(str, Enum):
@@ -153,6 +160,47 @@ def estimate(
         seconds_per_step=step_seconds,
     )
     typer.echo(as_json(name, found) if json else as_table(name, nowcaster, found))
+
+
+@bench_app.command()
+def engine(
+    device: Annotated[Device | None, typer.Option(help="Where to compute. [default: cuda where there is one]")] = None,
+    threads: Annotated[int | None, typer.Option(help="CPU threads. [default: PyTorch's own]")] = None,
+    repeats: Annotated[int | None, typer.Option(help="Of every measurement. [default: 3, on cuda 1]")] = None,
+    max_parameters: Annotated[
+        str | None, typer.Option(help="Of the largest model, such as 100M. [default: 12M, on cuda 10B]")
+    ] = None,
+    nowcaster: Annotated[
+        str | None, typer.Option(help="Folder, repo id or original .pt file. [default: random weights]")
+    ] = None,
+    original: Annotated[
+        Path | None,
+        typer.Option(help="Checkout of the original release, to compare with (it takes 8 GB and some minutes)."),
+    ] = None,
+    out: Annotated[Path, typer.Option(help="Folder for results.json, report.md, engine.png.")] = Path(
+        "runs/bench-engine"
+    ),
+    json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+) -> None:
+    """Measure what a nowcast costs on this machine, against parameters: seconds, memory, how close to the floors.
+
+    Every measurement runs in a process of its own; the same command again goes on where it was interrupted.
+
+    Example: hf-nino bench engine --threads 1 --original ./nino
+    """
+    from .commands.bench import bench_engine, count
+
+    bench_engine(
+        out,
+        typer.echo,
+        as_json=json,
+        device=device.value if device else None,
+        threads=threads,
+        repeats=repeats,
+        max_parameters=count(max_parameters),
+        nowcaster=nowcaster,
+        original=original,
+    )
 
 
 @app.command()

@@ -232,7 +232,7 @@ def add_use(
     record.mark_read(source)
     remember_router(trace, view)
     for number, earlier in enumerate(record.uses):
-        if earlier.parameter != view.parameter:
+        if earlier.parameter != view.parameter or _of_other_slices(earlier, use):
             continue
         match = _same_elements(earlier, use)
         if match is None:
@@ -255,6 +255,10 @@ def add_use(
         return first_target
     record.uses.append(use)
     return target
+
+
+def _of_other_slices(first: ParameterUse, second: ParameterUse) -> bool:
+    return first.slice is not None and second.slice is not None and first.slice != second.slice
 
 
 def _is_data(trace: Trace, ids: Tensor) -> bool:

@@ -54,7 +54,7 @@ def shrunk(config: Any) -> Any:
 
 def _shrink(part: Any) -> None:
     # What a configuration stores; others of its attributes are computed from these.
-    stored = vars(part)
+    stored = dict(vars(part))
     widths = {name for name, value in stored.items() if isinstance(value, int)}
     for name in widths & WIDTHS.keys():
         setattr(part, name, min(WIDTHS[name], stored[name]))
@@ -62,6 +62,11 @@ def _shrink(part: Any) -> None:
     if "head_dim" in widths and "qk_rope_head_dim" not in stored:
         # Mamba 2 is wider inside than its stream.
         part.head_dim = HEAD_SIZE * (stored["expand"] if "expand" in widths else 1)
+    if stored.get("head_dim") == stored.get("qk_rope_head_dim") is not None:
+        # Latent attention rotates channels of their own, which is what its configuration calls the size of a head.
+        part.head_dim = part.qk_rope_head_dim
+    if "qk_head_dim" in stored:
+        part.qk_head_dim = part.qk_nope_head_dim + part.qk_rope_head_dim
     for name in widths & {"hidden_size", "n_embd", "d_model"}:
         if isinstance(heads, int):
             setattr(part, name, heads * HEAD_SIZE)

@@ -190,3 +190,17 @@ def test_the_graph_of_a_large_model_fits_beside_it(name) -> None:
     )
     assert not any("refuted" in line or "not shown" in line or "not verified" in line for line in found["report"])
     assert found["beyond"] < 2_000_000
+
+
+def test_latent_attention_of_any_width_has_a_twin() -> None:
+    """What DeepSeek's configurations call the size of a head is that of the rotated part, and shrinks with it."""
+    config = transformers.DeepseekV3Config(
+        num_hidden_layers=2, n_routed_experts=8, n_group=4, topk_group=2, num_experts_per_tok=4, vocab_size=500,
+        hidden_size=256, intermediate_size=512, moe_intermediate_size=128, num_attention_heads=4,
+        num_key_value_heads=4, first_k_dense_replace=1,
+    )  # fmt: skip
+    with torch.device("meta"):
+        model = transformers.AutoModelForCausalLM.from_config(config)
+    graph = NeuralGraph.from_model(model)
+    assert graph.symmetries and not any("no narrow twin" in line or "refuted" in line for line in graph.report)
+    assert any(name.startswith("heads of") for name in (symmetry.name for symmetry in graph.symmetries))

@@ -1,0 +1,1 @@
+"""Benchmarks: what nowcasts cost on a machine (``hf-nino bench engine``)."""
