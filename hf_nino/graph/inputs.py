@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_map_only
 from transformers.utils import logging
 
-from .media import media, pixels
+from .media import media, pixels, sound
 from .media_by_type import BY_TYPE
 from .trace import quiet_forward
 
@@ -73,6 +73,8 @@ def _transformers_inputs(model: nn.Module, tokens_per_expert: int) -> dict[str, 
             inputs["input_ids"] = _tokens(inner, config, main, tokens_per_expert)
     elif main in ("input_ids", "inputs"):
         inputs[main] = _tokens(inner, config, main, tokens_per_expert)
+    elif main in ("input_features", "input_values"):
+        inputs[main] = sound(config, inner, main)
     else:
         raise ValueError(
             f"`example_inputs` must be given for a {type(model).__name__}, whose main input is {main!r}: "

@@ -14,6 +14,9 @@ from .trace import quiet_forward
 FRAMES = 80
 """Length of a sound whose model does not say how long it must be; a multiple of what encoders join."""
 
+SAMPLES = 4000
+"""Length of a sound wave: a quarter of a second at 16 kHz, which leaves a few frames."""
+
 
 def pixels(config: Any, model: nn.Module) -> Tensor:
     """A random image [1, channels, height, width] of the size that the configuration names."""
@@ -21,6 +24,14 @@ def pixels(config: Any, model: nn.Module) -> Tensor:
     size = getattr(config, "image_size", getattr(config, "input_size", 32))
     height, width = (size, size) if isinstance(size, int) else tuple(size)
     return _random(model, 1, getattr(config, "num_channels", 3), height, width)
+
+
+def sound(config: Any, model: nn.Module, name: str) -> Tensor:
+    """A random sound: a wave [1, samples], or features [1, bins, frames] as long as the model's positions ask for."""
+    if name == "input_values":
+        return _random(model, 1, SAMPLES)
+    frames = 2 * (getattr(config, "max_source_positions", None) or FRAMES // 2)
+    return _random(model, 1, getattr(config, "num_mel_bins", 80), frames)
 
 
 def media(model: nn.Module, config: Any, inputs: dict[str, Any], takes: set[str]) -> dict[str, Any]:

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+import transformers
 from architectures import ARCHITECTURES, TEXT
 from torch import Tensor, nn
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM, PreTrainedModel
@@ -307,3 +308,26 @@ def test_wrapped_models_have_the_graph_of_the_model_inside(wrap, request) -> Non
         wrapped = nn.parallel.DistributedDataParallel(model)
     assert wrapped is not model
     assert same(NeuralGraph.from_model(wrapped), graph)
+
+
+def test_speech_models_get_a_sound() -> None:
+    """Spectra as long as Whisper's positions, a wave for wav2vec 2.0, whose position kernel is normalised."""
+    small = {"num_attention_heads": 4, "num_hidden_layers": 2, "intermediate_size": 48, "hidden_size": 32}
+    whisper = transformers.WhisperConfig(
+        d_model=32, encoder_layers=2, decoder_layers=2, encoder_attention_heads=4, decoder_attention_heads=4,
+        encoder_ffn_dim=48, decoder_ffn_dim=48, vocab_size=99, num_mel_bins=16, max_source_positions=20,
+        max_target_positions=30, pad_token_id=0, bos_token_id=1, eos_token_id=2, decoder_start_token_id=1,
+    )  # fmt: skip
+    wave = transformers.Wav2Vec2Config(
+        **small, conv_dim=(16, 16, 16), conv_stride=(5, 4, 4), conv_kernel=(10, 4, 4), num_conv_pos_embeddings=8,
+        num_conv_pos_embedding_groups=4, num_feat_extract_layers=3,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    for model, unused in (
+        (transformers.WhisperForConditionalGeneration(whisper), set()),
+        (transformers.Wav2Vec2ForSequenceClassification(wave), {"wav2vec2.masked_spec_embed"}),
+    ):
+        graph = NeuralGraph.from_model(model)
+        assert len(graph.symmetries) >= 10 and not any("refuted" in line for line in graph.report)
+        private = {block.parameter for block in graph.blocks if graph.groups[block.target.group].kind == "private"}
+        assert private == unused
