@@ -109,7 +109,6 @@ class _Router:
     def __init__(self, graph: NeuralGraph, layout: Layout, boxes: dict[int, Box], measure: Measure) -> None:
         self.layout, self.boxes, self.measure = layout, boxes, measure
         self.place, self.lanes = layout.place, layout.lanes
-        self.stack_of = {n: s for s, _ in layout.folding.layer_of.values() for n in s.layers[0].groups}
         root = root_of(layout.folding.stacks)
         self.wires = []
         for joint in layout.joints:

@@ -65,7 +65,7 @@ class Announcement:
         live, history = nowcasting.store.live(), nowcasting.history
         parameters = sum(tensor.numel() for tensor in live.values())
         settings = {"history_device": history.device, "history_dtype": history.dtype}
-        calibration = calibrate(nowcaster, parameters, device=_device(live), **settings)
+        calibration = calibrate(nowcaster, parameters, device=nowcasting.store.device, **settings)
         self.estimate = estimate(
             calibration,
             nowcaster,
@@ -86,7 +86,7 @@ class Announcement:
 
     @staticmethod
     def _now(nowcasting: Nowcasting) -> float:
-        synchronize(_device(nowcasting.store.live()))
+        synchronize(nowcasting.store.device)
         return time.perf_counter()
 
     @staticmethod
@@ -99,7 +99,3 @@ def is_first_rank() -> bool:
     if torch.distributed.is_available() and torch.distributed.is_initialized():
         return torch.distributed.get_rank() == 0
     return int(os.environ.get("RANK", "0")) == 0
-
-
-def _device(live: dict[str, torch.Tensor]) -> torch.device:
-    return next(iter(live.values())).device

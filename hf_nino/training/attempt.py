@@ -132,7 +132,7 @@ class Attempting(Watching):
 
     def _place(self) -> None:
         """Move a network to where the model is: its weights are small, and what it computes is not."""
-        device = next(iter(self.store.live().values())).device
+        device = self.store.device
         if isinstance(self.nowcaster, nn.Module) and any(p.device != device for p in self.nowcaster.parameters()):
             self.nowcaster.to(device)
 

@@ -45,6 +45,11 @@ class ParameterStore:
         """{name: tensor} that share memory with the parameters, outside autograd."""
         return {name: parameter.detach() for name, parameter in self.parameters().items()}
 
+    @property
+    def device(self) -> torch.device:
+        """Where the first parameter is: what is computed beside training is computed there."""
+        return next(iter(self.live().values())).device
+
     def signature(self) -> Signature:
         """(name, shape, dtype) of every parameter; it changes when parameters are frozen, thawed, added or resized."""
         return tuple((name, tuple(p.shape), str(p.dtype)) for name, p in self.parameters().items())
@@ -112,13 +117,12 @@ class ReplicatedStore(ParameterStore):
             torch.distributed.broadcast(parameters[name].data, src=0)
 
     def agree(self, accepted: bool) -> bool:
-        device = next(iter(self.live().values())).device
-        votes = torch.tensor(int(accepted), dtype=torch.int32, device=device)
+        votes = torch.tensor(int(accepted), dtype=torch.int32, device=self.device)
         torch.distributed.all_reduce(votes, op=torch.distributed.ReduceOp.MIN)
         return bool(votes.item())
 
     def average(self, values: Tensor) -> list[float]:
-        values = values.to(next(iter(self.live().values())).device, copy=True)
+        values = values.to(self.device, copy=True)
         torch.distributed.all_reduce(values)
         return (values / torch.distributed.get_world_size()).tolist()
 

@@ -52,7 +52,7 @@ class Probe:
     @torch.no_grad()
     def _mean(self) -> float:
         training = [module for module in self._model.modules() if module.training]
-        device = next(iter(self._store.live().values())).device
+        device = self._store.device
         self._model.eval()
         try:
             losses = [_loss(self._model(**_to(batch, device))) for batch in self._batches]
