@@ -1,1 +1,1 @@
-"""Benchmarks: what nowcasts cost on a machine (``hf-nino bench engine``)."""
+"""Benchmarks: what nowcasts cost (:mod:`.engine`) and what they bring (:mod:`.training`)."""

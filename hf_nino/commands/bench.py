@@ -8,9 +8,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from ..bench.engine import Settings, run_engine_benchmark
-from ..bench.picture import draw
-from ..bench.report import as_dict, markdown
+from ..bench.engine.benchmark import Settings, run_engine_benchmark
+from ..bench.engine.picture import draw
+from ..bench.engine.report import as_dict, markdown
 
 UNITS = {"": 1, "K": 10**3, "M": 10**6, "B": 10**9}
 
@@ -20,11 +20,11 @@ def bench_engine(out: Path, say: Callable[[str], None], *, as_json: bool = False
 
     Args:
         say: prints; with ``as_json`` it is given JSON, once, and nothing else.
-        settings: of :meth:`hf_nino.bench.engine.Settings.of`.
+        settings: of :meth:`hf_nino.bench.engine.benchmark.Settings.of`.
 
     Raises:
-        ValueError: see :class:`hf_nino.bench.engine.Settings` and
-            :func:`hf_nino.bench.engine.run_engine_benchmark`.
+        ValueError: see :class:`hf_nino.bench.engine.benchmark.Settings` and
+            :func:`hf_nino.bench.engine.benchmark.run_engine_benchmark`.
         ChildProcessError: nothing can be measured here.
         ImportError: matplotlib is missing.
     """

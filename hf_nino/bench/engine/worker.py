@@ -1,6 +1,7 @@
-"""A measurement in a process of its own, so that its memory is its own: ``python -m hf_nino.bench.worker JOB RESULT``.
+"""A measurement in a process of its own, so that its memory is its own.
 
-:func:`measure` starts it and gives back what it wrote.
+``python -m hf_nino.bench.engine.worker JOB RESULT`` is that process; :func:`measure` starts it and gives
+back what it wrote.
 """
 
 from __future__ import annotations
@@ -35,7 +36,7 @@ def measure(kind: str, arguments: dict[str, Any], threads: int, *, paths: tuple[
     with tempfile.TemporaryDirectory() as folder:
         job, result = Path(folder) / "job.json", Path(folder) / "result.json"
         job.write_text(json.dumps({"kind": kind, "threads": threads, "arguments": arguments}))
-        command = [sys.executable, "-m", "hf_nino.bench.worker", str(job), str(result)]
+        command = [sys.executable, "-m", "hf_nino.bench.engine.worker", str(job), str(result)]
         done = subprocess.run(command, env=environment, cwd=folder, capture_output=True, text=True, errors="replace")
         if done.returncode == 0 and result.is_file():
             return json.loads(result.read_text())

@@ -1,8 +1,8 @@
 """What the engine benchmark measures, in which order, and how it goes on where it stopped.
 
-Every measurement runs in a process of its own (:mod:`hf_nino.bench.worker`).  All of them are done once before any is
-repeated, so that what is compared was measured side by side, and the best of all repeats counts: others can only make
-a measurement slower.
+Every measurement runs in a process of its own (:mod:`hf_nino.bench.engine.worker`).  All of them are done once before
+any is repeated, so that what is compared was measured side by side, and the best of all repeats counts: others can
+only make a measurement slower.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ class Settings:
         threads: of every process.
         repeats: of every measurement, but those of the original release, which are done once.
         max_parameters: no larger model is measured.
-        nowcaster: see :func:`hf_nino.bench.measure.network_of`.
+        nowcaster: see :func:`hf_nino.bench.engine.measure.network_of`.
         original: a checkout of the original release, to be measured as well.
         shapes: models to choose from.
 

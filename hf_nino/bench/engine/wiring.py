@@ -8,7 +8,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from ..graph import EdgeBlock, NeuralGraph, Nodes
+from ...graph import EdgeBlock, NeuralGraph, Nodes
 
 
 class Wiring:

@@ -11,11 +11,11 @@ from transformers import GPT2Config, GPT2LMHeadModel
 from typer.testing import CliRunner
 
 from hf_nino import NeuralGraph, cli, convert_original
-from hf_nino.bench import engine, measure, worker
-from hf_nino.bench.engine import RESULTS, Settings, plan, run_engine_benchmark
-from hf_nino.bench.models import SHAPES, Shape, trajectory
-from hf_nino.bench.report import Row, as_dict, exponent, floors, rows, verdicts
-from hf_nino.bench.wiring import Wiring
+from hf_nino.bench.engine import benchmark, measure, worker
+from hf_nino.bench.engine.benchmark import RESULTS, Settings, plan, run_engine_benchmark
+from hf_nino.bench.engine.models import SHAPES, Shape, trajectory
+from hf_nino.bench.engine.report import Row, as_dict, exponent, floors, rows, verdicts
+from hf_nino.bench.engine.wiring import Wiring
 from hf_nino.commands.bench import bench_engine, count
 
 CPU = torch.device("cpu")
@@ -39,7 +39,7 @@ def in_process():
         return worker.perform(kind, arguments)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(engine, "measure", perform)
+        patch.setattr(benchmark, "measure", perform)
         patch.setattr(measure, "RATE_SECONDS", 0.0)
         patch.setattr(measure, "COPIED_BYTES", 1 << 16)
         patch.setattr(measure, "MOST_NOWCASTS", 2)
@@ -65,7 +65,7 @@ def test_it_leaves_a_table_a_picture_and_all_its_numbers(finished):
     assert len(numbers["done"]) == len(list(plan(settings()))) == 2 + 2 * 2 * 3 + 3
     report = (folder / "report.md").read_text()
     for shape in TINY:
-        for mode in engine.MODES:
+        for mode in benchmark.MODES:
             assert report.count(f"| {shape.name} | {shape.parameters():,} | in host memory | {mode} |") == 1
     assert "at least 12 times as fast as the original on gpt2-3.4M |  | not measured |" in report
     assert (folder / "engine.png").read_bytes().startswith(b"\x89PNG")
@@ -111,7 +111,7 @@ def test_a_measurement_that_fails_is_reported_and_tried_again(in_process, tmp_pa
 
     small = settings(repeats=1, shapes=TINY[:1])
     with monkeypatch.context() as patch:
-        patch.setattr(engine, "measure", broken)
+        patch.setattr(benchmark, "measure", broken)
         results = run_engine_benchmark(small, tmp_path, lambda text: None)
     assert list(results["failed"].values()) == ["no memory"] and len(rows(results)) == 1
     results = run_engine_benchmark(small, tmp_path, lambda text: None)
@@ -140,9 +140,9 @@ def test_a_checkout_that_cannot_run_is_one_line(tmp_path, monkeypatch):
     (tmp_path / "optim").mkdir()
     (tmp_path / "optim" / "__init__.py").write_text("from .nino import NiNo")
     (tmp_path / "optim" / "nino.py").write_text("import a_package_that_is_missing")
-    monkeypatch.setattr(engine, "measure", worker.measure)
+    monkeypatch.setattr(benchmark, "measure", worker.measure)
     with pytest.raises(ValueError, match=r"cannot be imported .*a_package_that_is_missing.*PYTHONPATH"):
-        engine._check_original(tmp_path)
+        benchmark._check_original(tmp_path)
 
 
 def test_peak_memory_is_what_the_work_needs():

@@ -17,11 +17,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..graph import NeuralGraph
-from ..nowcaster import Engine, NiNoModel, NowcasterConfig, convert_original, load_nowcaster
-from ..nowcaster.operations import operations
-from ..nowcaster.precision import products, rounds
-from ..training.history import History
+from ...graph import NeuralGraph
+from ...nowcaster import Engine, NiNoModel, NowcasterConfig, convert_original, load_nowcaster
+from ...nowcaster.operations import operations
+from ...nowcaster.precision import products, rounds
+from ...training.history import History
 from .models import WEIGHTLESS, Shape, trajectory
 
 ENOUGH_SECONDS, MOST_NOWCASTS = 2.0, 5

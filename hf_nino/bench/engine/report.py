@@ -7,8 +7,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from ..training.estimate import readable
-from .engine import best_seconds
+from ...training.estimate import readable
+from .benchmark import best_seconds
 
 
 @dataclass(frozen=True)
@@ -16,7 +16,7 @@ class Row:
     """Nowcasts of one model in one mode, the best of all repeats.
 
     Attributes:
-        busy: seconds that count (:func:`hf_nino.bench.measure.busy`); all that follows is computed with them.
+        busy: seconds that count (:func:`hf_nino.bench.engine.measure.busy`); all that follows is computed with them.
         rate: FLOP/s.
         matrix_floor, bandwidth_floor: seconds that the matrix products, and reading and writing states, take alone.
         error: of ``fast``, relative to the predicted step.

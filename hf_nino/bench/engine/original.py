@@ -16,7 +16,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from ..nowcaster import Engine
+from ...nowcaster import Engine
 from .measure import PeakMemory, network_of, prepare, relative_difference, timed
 from .models import Shape, trajectory
 from .wiring import Wiring

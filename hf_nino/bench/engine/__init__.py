@@ -1,0 +1,1 @@
+"""What nowcasts cost on a machine: ``hf-nino bench engine``."""
