@@ -7,6 +7,7 @@ from .engine import Engine
 from .modeling import NiNoModel, WNNModel
 from .original import convert_original
 from .rules import LinearNowcaster, MomentumNowcaster
+from .spectral import SpectralNowcaster
 
 __all__ = [
     "Engine",
@@ -15,6 +16,7 @@ __all__ = [
     "NiNoModel",
     "Nowcaster",
     "NowcasterConfig",
+    "SpectralNowcaster",
     "WNNModel",
     "convert_original",
     "load_nowcaster",

@@ -12,8 +12,13 @@ from .hub import NowcasterFolder, bundled_nowcasters
 from .modeling import NiNoModel, WNNModel
 from .original import convert_original
 from .rules import LinearNowcaster, MomentumNowcaster
+from .spectral import SpectralNowcaster
 
-RULES: dict[str, type[Nowcaster]] = {"linear": LinearNowcaster, "momentum": MomentumNowcaster}
+RULES: dict[str, type[Nowcaster]] = {
+    "linear": LinearNowcaster,
+    "momentum": MomentumNowcaster,
+    "spectral": SpectralNowcaster,
+}
 MODELS: dict[str, type[NiNoModel] | type[WNNModel]] = {"nino": NiNoModel, "wnn": WNNModel}
 
 
@@ -24,7 +29,8 @@ def load_nowcaster(spec: str | Path | Mapping[str, Any] | Nowcaster, **kwargs: A
         spec: one of
 
             * a :class:`Nowcaster`, which is returned as it is;
-            * ``"linear"`` or ``"momentum"``, with settings as in ``"momentum:momentum=0.8,period=100"`` if need be;
+            * ``"linear"``, ``"momentum"`` or ``"spectral"``, with settings if need be, as in
+              ``"momentum:momentum=0.8,period=100"``;
             * a mapping ``{"name": spec, **kwargs}``;
             * an existing directory with config.json and model.safetensors;
             * a ``.pt`` file of the original release;

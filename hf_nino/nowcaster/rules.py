@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from typing import ClassVar
 
 import torch
 from torch import Tensor
 
 from ..graph import NeuralGraph
 from .base import Nowcaster, check_states
+from .displacements import DisplacementNowcaster
 
 
 class LinearNowcaster(Nowcaster):
@@ -42,11 +44,11 @@ class LinearNowcaster(Nowcaster):
         period: int = 250,
         max_horizon: int = 40,
     ) -> None:
-        self.context = _whole("context", context, 2)
-        self.max_intervals = _number("max_intervals", max_intervals)
-        self.factor = _number("factor", factor)
-        self.period = _whole("period", period, 1)
-        self.max_horizon = _whole("max_horizon", max_horizon, 1)
+        self.context = check_whole("context", context, 2)
+        self.max_intervals = check_number("max_intervals", max_intervals)
+        self.factor = check_number("factor", factor)
+        self.period = check_whole("period", period, 1)
+        self.max_horizon = check_whole("max_horizon", max_horizon, 1)
         if self.max_intervals <= 0:
             raise ValueError(f"`max_intervals` of a LinearNowcaster must be above 0, got {max_intervals}")
 
@@ -75,7 +77,7 @@ class LinearNowcaster(Nowcaster):
         )
 
 
-class MomentumNowcaster(Nowcaster):
+class MomentumNowcaster(DisplacementNowcaster):
     """SNOO: Nesterov momentum on the displacements between nowcasts (Kallusky et al., 2025, arXiv 2510.15830).
 
     With the anchor w (the state that training carried on from after the last nowcast) and the state w~ that the base
@@ -85,9 +87,8 @@ class MomentumNowcaster(Nowcaster):
         new = w + factor * (momentum * b + d)       (nesterov)
         new = w + factor * b                        (heavy ball)
 
-    ``momentum=0`` is Lookahead (Zhang et al., 2019, arXiv 1907.08610) with slow step size ``factor``.  The new state
-    is the next anchor, unless :meth:`settle` says otherwise.  A nowcast without an anchor makes the state the anchor
-    and returns it unchanged.  Anchor and buffer are float32 and as large as the parameters, each.
+    ``momentum=0`` is Lookahead (Zhang et al., 2019, arXiv 1907.08610) with slow step size ``factor``.  Anchor and
+    buffer are float32 and as large as the parameters, each.
 
     The default momentum of 0.5 is the one that also helped at well tuned learning rates; at small, constant ones 0.8
     saved more steps.
@@ -102,98 +103,29 @@ class MomentumNowcaster(Nowcaster):
         ValueError: an argument out of range.
     """
 
-    context = 1
-    max_horizon = 1
+    parts: ClassVar[tuple[str, ...]] = ("buffer",)
 
     def __init__(self, momentum: float = 0.5, factor: float = 1.0, nesterov: bool = True, period: int = 50) -> None:
-        self.momentum = _number("momentum", momentum)
-        self.factor = _number("factor", factor)
+        super().__init__()
+        self.momentum = check_number("momentum", momentum)
+        self.factor = check_number("factor", factor)
         self.nesterov = bool(nesterov)
-        self.period = _whole("period", period, 1)
+        self.period = check_whole("period", period, 1)
         if not 0 <= self.momentum < 1:
             raise ValueError(f"`momentum` of a MomentumNowcaster must be from 0 to below 1, got {momentum}")
         if self.factor <= 0:
             raise ValueError(f"`factor` of a MomentumNowcaster must be above 0, got {factor}")
-        self._anchor: dict[str, Tensor] = {}
-        self._buffer: dict[str, Tensor] = {}
 
-    @torch.no_grad()
-    def nowcast(
-        self, graph: NeuralGraph | None, states: Sequence[Mapping[str, Tensor]], horizon: int = 1
-    ) -> dict[str, Tensor]:
-        """See :meth:`Nowcaster.nowcast`; ``graph`` is not read, ``momentum`` and ``factor`` give the look ahead.
+    def begin(self, anchor: Tensor) -> dict[str, Tensor]:
+        return {"buffer": torch.zeros_like(anchor, memory_format=torch.contiguous_format)}
 
-        Changes the memory: the buffer takes in the displacement since the anchor, and the result becomes the anchor.
-        """
-        check_states(self, states, horizon)
-        state = states[0]
-        if not self._remembers(state):
-            self.settle(state)
-            return {name: tensor.detach().clone() for name, tensor in state.items()}
-        result = {}
-        for name, tensor in state.items():
-            anchor, buffer = self._anchor[name], self._buffer[name]
-            displacement = tensor.detach().to(anchor) - anchor
-            buffer.mul_(self.momentum).add_(displacement)
-            step = torch.add(displacement, buffer, alpha=self.momentum) if self.nesterov else buffer
-            anchor.add_(step, alpha=self.factor)
-            result[name] = anchor.to(tensor.device, tensor.dtype, copy=True)
-        return result
+    def shape(self, part: str, anchor: Tensor) -> torch.Size:
+        return anchor.shape
 
-    @torch.no_grad()
-    def settle(self, state: Mapping[str, Tensor]) -> None:
-        """Make the state the anchor; the momentum stays, unless the parameters are others than before."""
-        if not self._remembers(state):
-            self._anchor = {}
-            self._buffer = {
-                name: torch.zeros_like(_float(t), memory_format=torch.contiguous_format) for name, t in state.items()
-            }
-        for name, tensor in state.items():
-            if name in self._anchor:
-                self._anchor[name].copy_(tensor)
-            else:
-                self._anchor[name] = tensor.detach().to(torch.float32, copy=True)
-
-    @property
-    def has_memory(self) -> bool:
-        return True
-
-    def memory(self) -> dict[str, Tensor]:
-        """``anchor.NAME`` and ``buffer.NAME`` for every parameter, float32 copies."""
-        anchor = {f"anchor.{name}": tensor.clone() for name, tensor in self._anchor.items()}
-        buffer = {f"buffer.{name}": tensor.clone() for name, tensor in self._buffer.items()}
-        return anchor | buffer
-
-    def load_memory(self, memory: Mapping[str, Tensor]) -> None:
-        """Restore :meth:`memory`; an empty mapping forgets everything.
-
-        Raises:
-            ValueError: a name that is neither ``anchor.NAME`` nor ``buffer.NAME``, or anchors and buffers that do not
-                match in names and shapes.
-        """
-        parts: dict[str, dict[str, Tensor]] = {"anchor": {}, "buffer": {}}
-        for key, tensor in memory.items():
-            part, _, name = key.partition(".")
-            if part not in parts or not name:
-                raise ValueError(
-                    f"`memory` of a MomentumNowcaster must have keys 'anchor.NAME' and 'buffer.NAME', got {key!r}"
-                )
-            parts[part][name] = tensor.detach().to(torch.float32, copy=True)
-        anchor, buffer = parts["anchor"], parts["buffer"]
-        for name in anchor.keys() | buffer.keys():
-            shapes = [tuple(part[name].shape) if name in part else None for part in (anchor, buffer)]
-            if shapes[0] != shapes[1]:
-                raise ValueError(
-                    f"`memory` of a MomentumNowcaster must have an anchor and a buffer of one shape for {name!r}, "
-                    f"got shapes {shapes[0]} and {shapes[1]}"
-                )
-        self._anchor, self._buffer = anchor, buffer
-
-    def _remembers(self, state: Mapping[str, Tensor]) -> bool:
-        """Whether the memory is about exactly these parameters."""
-        return self._anchor.keys() == state.keys() and all(
-            self._anchor[name].shape == tensor.shape for name, tensor in state.items()
-        )
+    def move(self, displacement: Tensor, kept: Mapping[str, Tensor]) -> Tensor:
+        buffer = kept["buffer"].mul_(self.momentum).add_(displacement)
+        step = torch.add(displacement, buffer, alpha=self.momentum) if self.nesterov else buffer
+        return self.factor * step
 
     def __repr__(self) -> str:
         return (
@@ -207,13 +139,15 @@ def _float(tensor: Tensor) -> Tensor:
     return tensor.detach().to(torch.promote_types(tensor.dtype, torch.float32))
 
 
-def _whole(name: str, value: int, low: int) -> int:
+def check_whole(name: str, value: int, low: int) -> int:
+    """``value``, if it is a whole number of at least ``low``."""
     if isinstance(value, bool) or not isinstance(value, int) or value < low:
         raise ValueError(f"`{name}` of a nowcaster must be a whole number of at least {low}, got {value!r}")
     return value
 
 
-def _number(name: str, value: float) -> float:
+def check_number(name: str, value: float) -> float:
+    """``value``, if it is a finite number."""
     if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
         raise ValueError(f"`{name}` of a nowcaster must be a finite number, got {value!r}")
     return value

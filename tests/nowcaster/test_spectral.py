@@ -1,0 +1,164 @@
+"""The spectral nowcaster does the arithmetic that it states, and what it is for."""
+
+import math
+
+import pytest
+import torch
+
+from hf_nino.nowcaster import SpectralNowcaster
+from hf_nino.nowcaster.spectral import cosine, whitened, whitened_exactly
+
+
+def matrix(*shape, seed=0, decay=0.0):
+    """Random, with singular values that fall by factors of exp(-decay)."""
+    generator = torch.Generator().manual_seed(seed)
+    a = torch.randn(*shape, generator=generator)
+    if not decay:
+        return a
+    u, s, v = torch.linalg.svd(a, full_matrices=False)
+    return u @ torch.diag(torch.exp(-decay * torch.arange(len(s)))) @ v
+
+
+@pytest.mark.parametrize("shape", [(8, 8), (4, 32), (32, 4), (1, 7), (6, 3, 3, 3)])
+def test_whitening_spreads_the_same_norm_over_all_directions(shape):
+    """Singular values are equal within 4%, with the norm and the singular vectors of the matrix; its own are not equal
+    (unless it has one direction only)."""
+    a = matrix(*shape, decay=0) if len(shape) > 2 else matrix(*shape, decay=0.3)
+    ours, exact = whitened(a).flatten(1), whitened_exactly(a).flatten(1)
+    equal = a.norm() / math.sqrt(min(exact.shape))
+    values = torch.linalg.svdvals(ours) / equal
+    torch.testing.assert_close(values, torch.ones(len(values)), rtol=0.04, atol=0)
+    torch.testing.assert_close(torch.linalg.svdvals(exact), equal.expand(len(values)), rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(ours, exact, rtol=0, atol=0.05 * float(exact.abs().max()))
+    if len(values) > 1:
+        before = torch.linalg.svdvals(a.flatten(1)) / equal
+        assert before.max() > 1.3 and before.min() < 0.6
+
+
+def test_whitening_commutes_with_permutations_and_transposition():
+    """Neurons have no order: permuted rows and columns come out permuted; another permutation does not match."""
+    a = matrix(6, 10, decay=0.3)
+    rows, columns = torch.randperm(6, generator=torch.Generator().manual_seed(1)), torch.arange(9, -1, -1)
+    torch.testing.assert_close(whitened(a[rows][:, columns]), whitened(a)[rows][:, columns], rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(whitened(a.T), whitened(a).T, rtol=1e-4, atol=1e-5)
+    assert (whitened(a[rows]) - whitened(a)).abs().max() > 0.1
+
+
+def test_whitening_nothing_is_nothing():
+    """A tensor that did not move, or whose numbers are as small as float32 has them, gives no NaN."""
+    assert torch.equal(whitened(torch.zeros(3, 4)), torch.zeros(3, 4))
+    assert whitened(1e-30 * matrix(3, 4)).isfinite().all()
+
+
+def written_out(states, nowcaster):
+    """The definition, tensor by tensor, in float64: nowcasts for a list of displacements."""
+    buffer, direction, gain, results = 0.0, None, nowcaster.gain, []
+    for displacement in states:
+        d = displacement.double()
+        if direction is not None:
+            gain *= math.exp(nowcaster.rate * (float(cosine(d, direction)) - nowcaster.target))
+            gain = min(max(gain, 0.05), nowcaster.max_gain)
+        buffer = nowcaster.momentum * buffer + (1 - nowcaster.momentum) * d
+        direction = whitened_exactly(buffer) if nowcaster.whiten and d.ndim > 1 else buffer
+        results.append(d + gain * direction)
+    return results
+
+
+@pytest.mark.parametrize("whiten", [True, False])
+@pytest.mark.parametrize("shape", [(5,), (4, 6), (3, 2, 3, 3)])
+def test_it_is_what_it_says(shape, whiten):
+    """Five nowcasts equal the definition written out: exactly where nothing is whitened (but for a direction kept in
+    bfloat16), and as closely as the iteration is to a polar decomposition where something is."""
+    nowcaster = SpectralNowcaster(whiten=whiten, momentum=0.7, rate=1.0)
+    displacements = [matrix(*shape, seed=s) + 2 * matrix(*shape, seed=99) for s in range(5)]
+    expected = written_out(displacements, nowcaster)
+    state = torch.zeros(shape)
+    nowcaster.settle({"w": state})
+    for displacement, step in zip(displacements, expected, strict=True):
+        new = nowcaster.nowcast(None, [{"w": state + displacement}])["w"]
+        error = ((new - state).double() - step).norm() / step.norm()
+        assert error < (0.04 if whiten and len(shape) > 1 else 0.01)
+        state = new
+
+
+def follow(learning_rate, nowcaster, steps=600, period=10):
+    """Gradient descent with noise on a long valley, with nowcasts; mean loss of the last steps, and the last gain."""
+    curvature = torch.tensor([1.0, 0.003])
+    generator = torch.Generator().manual_seed(0)
+    position, losses = torch.tensor([1.0, 10.0]), []
+    if nowcaster is not None:
+        nowcaster.settle({"w": position})
+    for step in range(1, steps + 1):
+        noise = 0.05 * torch.randn(2, generator=generator)
+        position = position - learning_rate * (curvature * position + noise)
+        if nowcaster is not None and step % period == 0:
+            position = nowcaster.nowcast(None, [{"w": position}])["w"]
+        losses.append(float((curvature * position**2).sum() / 2))
+    return sum(losses[-50:]) / 50, None if nowcaster is None else float(nowcaster.memory()["gain.w"])
+
+
+def test_the_gain_grows_where_steps_are_too_short_and_shrinks_where_they_are_too_long():
+    """On a long valley with a tenth of the learning rate the gain rises far above its start and the loss ends far
+    below that of plain descent; with one at the edge of stability it falls below its start."""
+    small, gain = follow(0.05, SpectralNowcaster())
+    plain, _ = follow(0.05, None)
+    assert gain > 2 and small < 0.5 * plain
+    _, gain = follow(1.9, SpectralNowcaster())
+    assert gain < 0.5
+    _, kept = follow(0.05, SpectralNowcaster(rate=0))
+    assert kept == 0.5
+
+
+def test_a_tensor_that_never_moves_stays_and_keeps_its_gain():
+    """No NaN from the angle between nothing and nothing."""
+    nowcaster, still = SpectralNowcaster(), {"w": matrix(3, 3), "b": torch.zeros(3)}
+    nowcaster.settle(still)
+    for _ in range(3):
+        new = nowcaster.nowcast(None, [still])
+        assert all(torch.equal(new[name], still[name]) for name in still)
+    assert float(nowcaster.memory()["gain.w"]) == 0.5
+
+
+def test_it_continues_from_its_memory():
+    """A nowcaster with restored memory goes on bit for bit; one without does not."""
+    saved, state = SpectralNowcaster(), {"w": matrix(4, 5), "b": torch.zeros(5)}
+    saved.settle(state)
+    saved.nowcast(None, [{name: tensor + 1 + matrix(*tensor.shape, seed=3) for name, tensor in state.items()}])
+    memory = saved.memory()
+    assert {key.partition(".")[0] for key in memory} == {"anchor", "buffer", "direction", "gain"}
+    restored, fresh = SpectralNowcaster(), SpectralNowcaster()
+    restored.load_memory(memory)
+    fresh.settle({name: memory[f"anchor.{name}"] for name in state})
+    following = {name: memory[f"anchor.{name}"] + matrix(*tensor.shape, seed=4) for name, tensor in state.items()}
+    expected, ours, without = (n.nowcast(None, [following]) for n in (saved, restored, fresh))
+    assert all(torch.equal(ours[name], expected[name]) for name in state)
+    assert not torch.equal(without["w"], expected["w"])
+
+
+def test_memory_that_does_not_fit_is_refused():
+    """One error that names the part."""
+    nowcaster = SpectralNowcaster()
+    nowcaster.settle({"w": torch.zeros(2, 2)})
+    memory = nowcaster.memory()
+    with pytest.raises(ValueError, match="gain that fits"):
+        SpectralNowcaster().load_memory({**memory, "gain.w": torch.zeros(2)})
+    with pytest.raises(ValueError, match=r"'speed\.w'"):
+        SpectralNowcaster().load_memory({**memory, "speed.w": torch.zeros(2)})
+
+
+@pytest.mark.parametrize(
+    ("arguments", "name"),
+    [
+        ({"momentum": 1.0}, "momentum"),
+        ({"period": 0}, "period"),
+        ({"gain": 9.0}, "gain"),
+        ({"gain": 0.01}, "gain"),
+        ({"rate": -1}, "rate"),
+        ({"target": 1.5}, "target"),
+        ({"max_gain": float("inf")}, "max_gain"),
+    ],
+)
+def test_arguments_out_of_range_are_refused(arguments, name):
+    """The error names the argument."""
+    with pytest.raises(ValueError, match=f"`{name}`"):
+        SpectralNowcaster(**arguments)
