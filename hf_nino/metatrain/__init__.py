@@ -1,0 +1,54 @@
+"""Makes nowcasters: parameter trajectories of training runs, recorded and read."""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from .card import push_trajectories, write_dataset
+    from .dataset import load_trajectories, open_trajectory, windows
+    from .recipe import Recipe
+    from .record import record_tasks
+    from .recorder import TrajectoryRecorder
+    from .recording import Recording
+    from .trajectory import Trajectory, find_trajectories
+
+# Imported when they are asked for: `datasets` takes seconds.
+_HOME = {
+    "Recipe": "recipe",
+    "Recording": "recording",
+    "Trajectory": "trajectory",
+    "TrajectoryRecorder": "recorder",
+    "find_trajectories": "trajectory",
+    "load_trajectories": "dataset",
+    "open_trajectory": "dataset",
+    "push_trajectories": "card",
+    "record_tasks": "record",
+    "windows": "dataset",
+    "write_dataset": "card",
+}
+
+__all__ = [
+    "Recipe",
+    "Recording",
+    "Trajectory",
+    "TrajectoryRecorder",
+    "find_trajectories",
+    "load_trajectories",
+    "open_trajectory",
+    "push_trajectories",
+    "record_tasks",
+    "windows",
+    "write_dataset",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOME:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(f".{_HOME[name]}", __name__), name)
+
+
+def __dir__() -> list[str]:
+    return sorted(set(globals()) | set(__all__))
