@@ -19,7 +19,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
 )
-bench_app = typer.Typer(help="Benchmarks.", no_args_is_help=True, rich_markup_mode=None)
+bench_app = typer.Typer(invoke_without_command=True, rich_markup_mode=None)
 app.add_typer(bench_app, name="bench")
 
 
@@ -37,6 +37,19 @@ class Schedule(str, Enum):
 class Device(str, Enum):
     cpu = "cpu"
     cuda = "cuda"
+
+
+class Preset(str, Enum):
+    smoke = "smoke"
+    paper = "paper"
+    tuned = "tuned"
+    full = "full"
+
+
+class RecordedDtype(str, Enum):
+    float32 = "float32"
+    bfloat16 = "bfloat16"
+    float16 = "float16"
 
 
 class PictureFormat(str, Enum):
@@ -160,6 +173,106 @@ def estimate(
         seconds_per_step=step_seconds,
     )
     typer.echo(as_json(name, found) if json else as_table(name, nowcaster, found))
+
+
+@app.command()
+def record(
+    tasks: Annotated[
+        str,
+        typer.Option(help="Comma-separated: smoke, language, language-kjv, images, all, or gpt2-2x32-h4-v512-kjv."),
+    ] = "smoke",
+    out: Annotated[Path, typer.Option(help="Folder for the trajectories: a dataset with its card.")] = Path(
+        "runs/trajectories"
+    ),
+    runs: Annotated[int, typer.Option(help="Runs of each task, with settings drawn for each.")] = 8,
+    steps: Annotated[int | None, typer.Option(help="Optimizer steps of a run. [default: the task's]")] = None,
+    every: Annotated[int, typer.Option(help="Steps between snapshots.")] = 10,
+    dtype: Annotated[RecordedDtype, typer.Option(help="Of the snapshots.")] = RecordedDtype.float32,
+    max_rows: Annotated[int, typer.Option(help="Rows kept of a larger embedding; 0 for all.")] = 1024,
+    moments: Annotated[bool, typer.Option("--moments", help="Record the optimizers' moments too.")] = False,
+    seed: Annotated[int, typer.Option(help="Of the distribution that settings are drawn from.")] = 0,
+    stack: Annotated[int | None, typer.Option(help="Models trained at once. [default: 8; 64 on a GPU]")] = None,
+    jobs: Annotated[int | None, typer.Option(help="Processes. [default: one per core; 1 on a GPU]")] = None,
+    device: Annotated[Device | None, typer.Option(help="Where to train. [default: cuda where there is one]")] = None,
+) -> None:
+    """Train many small models and record how their parameters move, to train nowcasters on.
+
+    The same command again goes on where it was interrupted; with more --runs it adds to them.
+
+    Example: hf-nino record --tasks language-kjv,images --runs 16 --out runs/trajectories
+    """
+    from .commands.record import record as record_tasks
+
+    record_tasks(
+        tasks,
+        out,
+        typer.echo,
+        every=every,
+        dtype=dtype.value,
+        max_rows=max_rows,
+        moments=moments,
+        runs=runs,
+        steps=steps,
+        seed=seed,
+        stack=stack,
+        jobs=jobs,
+        device=device.value if device else None,
+    )
+
+
+@bench_app.callback()
+def bench(
+    context: typer.Context,
+    preset: Annotated[Preset, typer.Option(help="Which tasks, methods and protocols.")] = Preset.smoke,
+    tasks: Annotated[str | None, typer.Option(help="Others than the preset's, comma-separated.")] = None,
+    methods: Annotated[
+        str | None, typer.Option(help="Others than the preset's, such as adamw,linear,nino:PATH,muon+nino:PATH.")
+    ] = None,
+    protocols: Annotated[str | None, typer.Option(help="Some of paper,fixed,tuned,robust.")] = None,
+    seeds: Annotated[str | None, typer.Option(help="Of the runs that count. [default: 0,1,2; smoke: 0]")] = None,
+    steps: Annotated[int | None, typer.Option(help="Optimizer steps of a run. [default: the task's]")] = None,
+    jobs: Annotated[int | None, typer.Option(help="Runs at once. [default: one per core; 4 on a GPU]")] = None,
+    device: Annotated[Device | None, typer.Option(help="Where to train. [default: cuda where there is one]")] = None,
+    out: Annotated[Path, typer.Option(help="Folder for the results.")] = Path("runs/bench"),
+) -> None:
+    """Compare nowcasting with its rivals: tasks x methods x protocols x seeds, one JSON a run, then a report.
+
+    The same command again goes on where it was interrupted, and presets share runs in one folder.
+
+    Example: hf-nino bench --preset tuned --tasks gpt2-64-kjv --methods linear,momentum,muon
+    """
+    if context.invoked_subcommand is not None:
+        return
+    from .commands.bench import bench_training
+
+    bench_training(
+        preset.value,
+        out,
+        typer.echo,
+        tasks=tasks,
+        methods=methods,
+        protocols=protocols,
+        seeds=seeds,
+        steps=steps,
+        jobs=jobs,
+        device=device.value if device else None,
+    )
+
+
+@bench_app.command()
+def report(
+    out: Annotated[Path, typer.Argument(help="Folder of a benchmark.", metavar="FOLDER")] = Path("runs/bench"),
+    readme: Annotated[
+        Path | None, typer.Option(help="Markdown file whose marked part is replaced by the headline table.")
+    ] = None,
+) -> None:
+    """Tables and pictures from the runs of a benchmark, finished or not.
+
+    Example: hf-nino bench report runs/bench
+    """
+    from .commands.bench import report_training
+
+    report_training(out, typer.echo, readme=readme)
 
 
 @bench_app.command()

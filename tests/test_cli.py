@@ -4,12 +4,13 @@ import json
 import sys
 
 import pytest
+import typer
 from transformers import GPT2Config
 from typer.testing import CliRunner
 
 from hf_nino import __version__, cli, load_nowcaster
 
-COMMANDS = ["demo", "convert", "graph", "estimate", "version"]
+COMMANDS = ["demo", "convert", "graph", "estimate", "record", "version", "bench", "bench report", "bench engine"]
 
 
 def run(*arguments: str) -> str:
@@ -38,13 +39,18 @@ def gpt2_folder(path):
 @pytest.mark.parametrize("command", COMMANDS)
 def test_every_command_has_help_with_an_example(command):
     """The help of each command shows how it is called."""
-    assert f"Example: hf-nino {command}" in run(command, "--help")
+    assert f"Example: hf-nino {command}" in run(*command.split(), "--help")
 
 
 def test_the_list_of_commands_is_complete():
     """Nothing is tested here that does not exist, and nothing exists that is not tested here."""
-    names = [command.name or command.callback.__name__ for command in cli.app.registered_commands]
-    assert sorted(names) == sorted(COMMANDS)
+
+    def names(group, before=""):
+        for name, command in group.commands.items():
+            yield before + name
+            yield from names(command, f"{before}{name} ") if hasattr(command, "commands") else ()
+
+    assert sorted(names(typer.main.get_command(cli.app))) == sorted(COMMANDS)
 
 
 def test_version_prints_the_version():

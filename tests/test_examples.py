@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import typer
 
 from hf_nino import cli
 
@@ -87,19 +88,25 @@ def test_the_readmes_shell_commands_exist(command):
     if words[0] == "make":
         assert re.search(rf"^{words[1]}:", (ROOT / "Makefile").read_text("utf-8"), re.M)
         arguments = [word.removeprefix("ARGS=") for word in words[2:]]
-        assert options("demo") >= {word for word in " ".join(arguments).split() if word.startswith("--")}
+        assert options(["demo"]) >= {word for word in " ".join(arguments).split() if word.startswith("--")}
     elif words[0] == "hf-nino":
-        assert options(words[1]) >= {word for word in words if word.startswith("--")}
+        assert options(words[1:]) >= {word for word in words if word.startswith("--")}
     elif words[0] == "python":
         assert (ROOT / words[1]).is_file()
     else:
         assert words[0] in {"git", "cd", "pip"}
 
 
-def options(command: str) -> set[str]:
-    """The options of a sub-command of hf-nino."""
-    (entry,) = [c for c in cli.app.registered_commands if (c.name or c.callback.__name__) == command]
-    return {"--help"} | {"--" + name.replace("_", "-") for name in entry.callback.__annotations__}
+def options(words: list[str]) -> set[str]:
+    """The options of the command of hf-nino that a command line begins with: ``graph``, or ``bench report``."""
+    command = typer.main.get_command(cli.app)
+    depth = 0
+    for word in words:
+        if word not in getattr(command, "commands", {}):
+            break
+        command, depth = command.commands[word], depth + 1
+    assert depth, f"hf-nino has no command {words[0]}"
+    return {"--help"} | {option for parameter in command.params for option in parameter.opts}
 
 
 @pytest.mark.parametrize("target", sorted(set(re.findall(r"\]\((?!https?://|#)([^)]+)\)", README))))

@@ -5,12 +5,17 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from ..bench.engine.benchmark import Settings, run_engine_benchmark
 from ..bench.engine.picture import draw
 from ..bench.engine.report import as_dict, markdown
+from ..bench.training.plan import Matrix
+from ..bench.training.presets import PRESETS
+from ..bench.training.report import write_report
+from ..bench.training.runner import run_benchmark
 
 UNITS = {"": 1, "K": 10**3, "M": 10**6, "B": 10**9}
 
@@ -33,6 +38,70 @@ def bench_engine(out: Path, say: Callable[[str], None], *, as_json: bool = False
     (out / "report.md").write_text(report, "utf-8")
     draw(results, out / "engine.png")
     say(json.dumps(as_dict(results), indent=2) if as_json else report)
+
+
+def bench_training(
+    preset: str,
+    out: Path,
+    say: Callable[[str], None],
+    *,
+    tasks: str | None = None,
+    methods: str | None = None,
+    protocols: str | None = None,
+    seeds: str | None = None,
+    steps: int | None = None,
+    jobs: int | None = None,
+    device: str | None = None,
+) -> None:
+    """Run a preset, or what is named instead of its parts, and write the report.
+
+    Args:
+        tasks, methods, protocols, seeds: comma-separated.
+
+    Raises:
+        ValueError: see :class:`hf_nino.bench.training.plan.Matrix` and
+            :func:`hf_nino.bench.training.runner.run_benchmark`.
+        ImportError, ChildProcessError: see there.
+    """
+    matrix = chosen(PRESETS[preset], tasks=tasks, methods=methods, protocols=protocols, seeds=seeds, steps=steps)
+    run_benchmark(matrix, out, jobs=jobs, device=device, say=say)
+    report_training(out, say)
+
+
+def chosen(
+    matrix: Matrix,
+    *,
+    tasks: str | None,
+    methods: str | None,
+    protocols: str | None,
+    seeds: str | None,
+    steps: int | None,
+) -> Matrix:
+    """``matrix`` with other parts."""
+    parts: dict[str, Any] = {"tasks": _names(tasks), "methods": _names(methods), "protocols": _names(protocols)}
+    if seeds is not None:
+        try:
+            parts["seeds"] = tuple(int(seed) for seed in seeds.split(","))
+        except ValueError:
+            raise ValueError(f"`seeds` must be whole numbers such as 0,1,2, got {seeds!r}") from None
+    parts["steps"] = steps
+    return replace(matrix, **{name: part for name, part in parts.items() if part is not None})
+
+
+def _names(text: str | None) -> tuple[str, ...] | None:
+    return None if text is None else tuple(name.strip() for name in text.split(",") if name.strip())
+
+
+def report_training(out: Path, say: Callable[[str], None], *, readme: Path | None = None) -> None:
+    """Write the report of the runs in ``out``, and say where it is.
+
+    Args:
+        readme: a Markdown file whose marked part is replaced by the headline table.
+
+    Raises:
+        ValueError: there are no runs, or ``readme`` has no marks.
+    """
+    say(f"Report: {write_report(out, readme=readme)}")
 
 
 def count(text: str | None) -> int | None:
