@@ -76,6 +76,8 @@ def train(spec: RunSpec, cache: Path, device: torch.device) -> dict[str, Any]:
             record.clock.start()
             loss = task.loss(model, batch)
             loss.backward()
+            if task.max_grad_norm is not None:
+                nn.utils.clip_grad_norm_(model.parameters(), task.max_grad_norm)
             training.step(loss.detach())
             batch = next(batches)
             record.clock.stop()

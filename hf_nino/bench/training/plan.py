@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
+from statistics import median
 from typing import Any
 
 from .methods.base import Method, Settings
@@ -32,8 +33,9 @@ class Matrix:
 
     * ``paper``: constant learning rate, that of the task;
     * ``fixed``: warm-up and cosine, at the task's unswept learning rate;
-    * ``tuned``: the same at the best learning rate, swept in factors of 2 with the first seed until there are worse
-      ones on both sides; AdamW's sweep begins at the task's learning rate, that of other methods at AdamW's best;
+    * ``tuned``: the same at the best learning rate, swept in factors of 2 until there are worse ones on both sides,
+      first with one seed and from there on by the median of all; AdamW's sweep begins at the task's learning rate,
+      that of other methods at AdamW's best;
     * ``robust``: the same at a quarter of AdamW's best, with the settings of ``fixed``: a learning rate that is too
       small is not known to be.
 
@@ -122,7 +124,7 @@ class _Planner:
         settings = self._settings(protocol, task, method)
         if settings is None:
             return
-        rate = self._learning_rate(protocol, task, method, settings, self.matrix.seeds[0])
+        rate = self._learning_rate(protocol, task, method, settings, self.matrix.seeds)
         if rate is None:
             return
         self._losses(self._spec(task, method, settings, protocol, rate, seed) for seed in self.matrix.seeds)
@@ -137,15 +139,17 @@ class _Planner:
         protocol = "fixed" if protocol == "robust" else protocol
         seed = self.matrix.selection_seed
         if protocol == "tuned":
-            rate = self._learning_rate("tuned", selection, BASELINE, self.method(BASELINE).grid[0], seed)
+            rate = self._learning_rate("tuned", selection, BASELINE, self.method(BASELINE).grid[0], (seed,))
         else:
-            rate = self._learning_rate(protocol, selection, method, grid[0], seed)
+            rate = self._learning_rate(protocol, selection, method, grid[0], (seed,))
         if rate is None:
             return None
         losses = self._losses(self._spec(selection, method, settings, protocol, rate, seed) for settings in grid)
         return None if losses is None else grid[losses.index(min(losses))]
 
-    def _learning_rate(self, protocol: str, task: str, method: str, settings: Settings, seed: int) -> float | None:
+    def _learning_rate(
+        self, protocol: str, task: str, method: str, settings: Settings, seeds: tuple[int, ...]
+    ) -> float | None:
         found = self.task(task)
         if protocol == "paper":
             return _rounded(found.constant_learning_rate)
@@ -153,19 +157,27 @@ class _Planner:
             return _rounded(found.learning_rate)
         centre: float | None = found.learning_rate
         if method != BASELINE or protocol == "robust":
-            centre = self._learning_rate("tuned", task, BASELINE, self.method(BASELINE).grid[0], seed)
+            centre = self._learning_rate("tuned", task, BASELINE, self.method(BASELINE).grid[0], seeds)
         if centre is None or protocol == "robust":
             return centre and _rounded(centre / ROBUST_FACTOR)
-        return self._sweep(lambda rate: self._spec(task, method, settings, protocol, rate, seed), centre)
 
-    def _sweep(self, spec: Callable[[float], RunSpec], centre: float) -> float | None:
-        """The best learning rate among ``centre`` times powers of 2, once both of its neighbours are worse."""
+        def spec(rate: float, seed: int) -> RunSpec:
+            return self._spec(task, method, settings, protocol, rate, seed)
+
+        # One seed may be lucky where others diverge: it only finds the neighbourhood.
+        best = self._sweep(spec, centre, seeds[:1])
+        return best if best is None or len(seeds) == 1 else self._sweep(spec, best, seeds)
+
+    def _sweep(self, spec: Callable[[float, int], RunSpec], centre: float, seeds: tuple[int, ...]) -> float | None:
+        """The best learning rate among ``centre`` times powers of 2, by the median over seeds, once both of its
+        neighbours are worse."""
         low, high = -1, 1
         while True:
             powers = list(range(low, high + 1))
-            losses = self._losses(spec(centre * 2.0**power) for power in powers)
-            if losses is None:
+            found = self._losses(spec(centre * 2.0**power, seed) for power in powers for seed in seeds)
+            if found is None:
                 return None
+            losses = [median(found[i : i + len(seeds)]) for i in range(0, len(found), len(seeds))]
             best = powers[losses.index(min(losses))]
             if best == low > -WIDEST and math.isfinite(losses[0]):
                 low -= 1
@@ -175,7 +187,7 @@ class _Planner:
                 low -= 1  # everything diverged: only smaller learning rates are left
             else:
                 if best in (low, high):
-                    self.plan.unbracketed.append(f"{spec(centre * 2.0**best)} ends a sweep")
+                    self.plan.unbracketed.append(f"{spec(centre * 2.0**best, seeds[0])} ends a sweep")
                 return _rounded(centre * 2.0**best)
 
     def _spec(

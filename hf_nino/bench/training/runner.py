@@ -21,7 +21,8 @@ from transformers.utils import logging
 
 from . import methods, tasks
 from .loop import train
-from .plan import Matrix, Plan, plan, rehearse
+from .plan import Choices, Matrix, Plan, plan, rehearse
+from .results import CHOICES
 from .spec import RunSpec
 
 logger = logging.get_logger(__name__)
@@ -51,6 +52,8 @@ def run_benchmark(
     say: Callable[[str], Any] = logger.info,
 ) -> Plan:
     """Do all runs of ``matrix`` that are not done, and leave ``out/choices.json`` beside them.
+
+    The choices are written as they are made, and added to those of other matrices.
 
     Args:
         out: folder of the benchmark; other matrices may have left runs there, which are used.
@@ -85,7 +88,6 @@ def run_benchmark(
     for spec, outcome in failed:
         if outcome is not None and outcome.error is not None:
             say(f"Failed, and counted as diverged: {spec}: {outcome.error.strip().splitlines()[-1]}")
-    _write(out / "choices.json", found.choices)
     return found
 
 
@@ -131,6 +133,7 @@ def _work(matrix: Matrix, out: Path, outcomes: dict[RunSpec, Outcome], jobs: int
     try:
         while True:
             found = _plan(matrix, out, outcomes)
+            _choose(out / CHOICES, found.choices)
             running = set(pending.values())
             for spec in [spec for spec in found.runs if spec not in running][: jobs - len(pending)]:
                 pending[pool.submit(_run, spec, out, device)] = spec
@@ -169,6 +172,18 @@ def _plan(matrix: Matrix, out: Path, outcomes: dict[RunSpec, Outcome]) -> Plan:
         if not there:
             return found
         outcomes.update(there)
+
+
+def _choose(path: Path, choices: Choices) -> None:
+    """Add choices to those in a file, or replace them there."""
+    before = json.loads(path.read_text("utf-8")) if path.exists() else {}
+    merged = {**before}
+    for protocol, tasks_there in choices.items():
+        merged[protocol] = {**before.get(protocol, {})}
+        for task, chosen in tasks_there.items():
+            merged[protocol][task] = {**before.get(protocol, {}).get(task, {}), **chosen}
+    if merged != before:
+        _write(path, merged)
 
 
 def _finished(spec: RunSpec, out: Path) -> Outcome:

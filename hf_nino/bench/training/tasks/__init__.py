@@ -32,7 +32,7 @@ def _large(**settings: Any) -> LanguageTask:
 def _conv(**settings: Any) -> ImageTask:
     """A convolutional network of the paper, with its batch size, learning rate and weight decay."""
     common = {"steps": 2000, "batch_size": 128, "learning_rate": 6e-3, "constant_learning_rate": 6e-3}
-    return ImageTask(**common | {"weight_decay": 0.0} | settings)
+    return ImageTask(**common | {"weight_decay": 0.0, "max_grad_norm": None} | settings)
 
 
 ENGLISH = "kjv+sotu+wordnet"

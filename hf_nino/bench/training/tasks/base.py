@@ -27,6 +27,7 @@ class Task(ABC):
         warmup_steps: before the cosine, in the ``fixed`` and ``tuned`` protocols.
         weight_decay: of AdamW.
         evaluate_every: steps between evaluations.
+        max_grad_norm: gradients are clipped to this norm, as Trainer does; ``None``: not at all.
     """
 
     name: str
@@ -37,6 +38,7 @@ class Task(ABC):
     warmup_steps: int = 100
     weight_decay: float = 0.01
     evaluate_every: int = 50
+    max_grad_norm: float | None = 1.0
 
     kind = "task"
     """``language``, ``images`` or ``fine-tuning``; also names the rows of the report."""
