@@ -381,7 +381,7 @@ def test_bad_arguments_get_one_clear_error(options, message):
         Nowcasting(Line(), mlp(), **options)
 
 
-@pytest.mark.parametrize("spec", ["linear", "momentum"])
+@pytest.mark.parametrize("spec", ["linear", "momentum", "spectral"])
 def test_nowcasters_are_known_by_name(spec, caplog):
     """The rules of the package, by name, nowcast in a raw loop, and the parameters stay finite."""
     caplog.set_level(logging.ERROR)

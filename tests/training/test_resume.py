@@ -33,6 +33,7 @@ NOWCASTERS = {
     "linear": (lambda: "linear:context=3", PERIOD),
     "memory": (Pull, 4),
     "momentum": (lambda: "momentum", 4),
+    "spectral": (lambda: "spectral", 4),
 }
 FILES = ("nino_history.safetensors", "nino_state.json")
 

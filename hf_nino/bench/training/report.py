@@ -153,8 +153,8 @@ top is a learning rate at which the run diverged; a line that leaves the picture
 """
 CHOICE_WORDS = """\
 Settings were chosen by final evaluation loss on another task and another seed, where the benchmark has such a task for
-the kind, and are a method's defaults where not. Best learning rates were chosen on the first seed, which is one of
-those that count: for AdamW as for everybody else.
+the kind, and are a method's defaults where not. Best learning rates were chosen by the median final loss of
+the seeds that count: for AdamW as for everybody else.
 """
 HOW_TO_READ = f"""\
 Every number compares a run with AdamW's run of the same task, protocol and seed: same initial parameters, same
