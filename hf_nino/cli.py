@@ -46,6 +46,11 @@ class Preset(str, Enum):
     full = "full"
 
 
+class Kind(str, Enum):
+    nino = "nino"
+    wnn = "wnn"
+
+
 class RecordedDtype(str, Enum):
     float32 = "float32"
     bfloat16 = "bfloat16"
@@ -217,6 +222,64 @@ def record(
         stack=stack,
         jobs=jobs,
         device=device.value if device else None,
+    )
+
+
+@app.command()
+def meta_train(
+    trajectories: Annotated[str, typer.Argument(help="Folder that hf-nino record left.", metavar="TRAJECTORIES")],
+    out: Annotated[Path, typer.Option(help="Folder for the nowcaster, checkpoints and the evaluation.")] = Path(
+        "runs/nowcaster"
+    ),
+    initial: Annotated[str | None, typer.Option(help="Nowcaster to begin with: a folder, or an original .pt.")] = None,
+    kind: Annotated[Kind | None, typer.Option(help="On the graph, or each parameter alone. [default: nino]")] = None,
+    hidden_size: Annotated[int | None, typer.Option(help="Width of the nowcaster.")] = None,
+    num_layers: Annotated[int | None, typer.Option(help="Message-passing layers, as the paper counts.")] = None,
+    context: Annotated[int | None, typer.Option(help="Snapshots that it reads.")] = None,
+    max_horizon: Annotated[int | None, typer.Option(help="Largest horizon, in intervals.")] = None,
+    period: Annotated[int | None, typer.Option(help="Steps between nowcasts that it is made for.")] = None,
+    intervals: Annotated[
+        str | None, typer.Option(help="Steps between snapshots, such as 25-100. [default: around period / context]")
+    ] = None,
+    steps: Annotated[int, typer.Option(help="Meta-training steps.")] = 20_000,
+    batch_size: Annotated[int, typer.Option(help="Trajectories per step and process.")] = 4,
+    slices: Annotated[int, typer.Option(help="Slices of each of them.")] = 4,
+    learning_rate: Annotated[float, typer.Option(help="Peak learning rate.")] = 3e-3,
+    held_out_tasks: Annotated[
+        str | None, typer.Option(help="Patterns of tasks to keep out, or none. [default: a tenth]")
+    ] = None,
+    seed: Annotated[int, typer.Option(help="Of weights, samples and what is held out.")] = 0,
+    report_to: Annotated[str, typer.Option(help="Trackers, comma-separated.")] = "none",
+    device: Annotated[Device | None, typer.Option(help="Where to train. [default: cuda where there is one]")] = None,
+) -> None:
+    """Train a nowcaster on recorded trajectories, and compare it with its rivals on held-out ones.
+
+    The same command again goes on where it was interrupted.
+
+    Example: hf-nino meta-train runs/trajectories --hidden-size 64 --steps 5000 --out runs/my-nowcaster
+    """
+    from .commands.meta_train import train_nowcaster
+
+    train_nowcaster(
+        trajectories,
+        out,
+        typer.echo,
+        initial=initial,
+        kind=kind.value if kind else None,
+        hidden_size=hidden_size,
+        num_layers=num_layers,
+        context=context,
+        max_horizon=max_horizon,
+        period=period,
+        intervals=intervals,
+        held_out_tasks=held_out_tasks,
+        report_to=report_to,
+        device=device.value if device else None,
+        steps=steps,
+        batch_size=batch_size,
+        slices=slices,
+        learning_rate=learning_rate,
+        seed=seed,
     )
 
 

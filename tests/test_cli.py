@@ -10,7 +10,18 @@ from typer.testing import CliRunner
 
 from hf_nino import __version__, cli, load_nowcaster
 
-COMMANDS = ["demo", "convert", "graph", "estimate", "record", "version", "bench", "bench report", "bench engine"]
+COMMANDS = [
+    "demo",
+    "convert",
+    "graph",
+    "estimate",
+    "record",
+    "meta-train",
+    "version",
+    "bench",
+    "bench report",
+    "bench engine",
+]
 
 
 def run(*arguments: str) -> str:

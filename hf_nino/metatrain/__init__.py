@@ -1,4 +1,4 @@
-"""Makes nowcasters: parameter trajectories of training runs, recorded and read."""
+"""Makes nowcasters: parameter trajectories of training runs, recorded and read, and meta-training on them."""
 
 from __future__ import annotations
 
@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from .card import push_trajectories, write_dataset
     from .dataset import load_trajectories, open_trajectory, windows
+    from .meta_settings import MetaSettings
+    from .meta_training import meta_train
     from .recipe import Recipe
     from .record import record_tasks
     from .recorder import TrajectoryRecorder
@@ -16,12 +18,14 @@ if TYPE_CHECKING:
 
 # Imported when they are asked for: `datasets` takes seconds.
 _HOME = {
+    "MetaSettings": "meta_settings",
     "Recipe": "recipe",
     "Recording": "recording",
     "Trajectory": "trajectory",
     "TrajectoryRecorder": "recorder",
     "find_trajectories": "trajectory",
     "load_trajectories": "dataset",
+    "meta_train": "meta_training",
     "open_trajectory": "dataset",
     "push_trajectories": "card",
     "record_tasks": "record",
@@ -30,12 +34,14 @@ _HOME = {
 }
 
 __all__ = [
+    "MetaSettings",
     "Recipe",
     "Recording",
     "Trajectory",
     "TrajectoryRecorder",
     "find_trajectories",
     "load_trajectories",
+    "meta_train",
     "open_trajectory",
     "push_trajectories",
     "record_tasks",
