@@ -12,6 +12,8 @@ import pytest
 import typer
 
 from hf_nino import cli
+from hf_nino.bench.training.report import read_summary
+from hf_nino.bench.training.tables import up_to_date
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text("utf-8")
@@ -107,6 +109,14 @@ def options(words: list[str]) -> set[str]:
         command, depth = command.commands[word], depth + 1
     assert depth, f"hf-nino has no command {words[0]}"
     return {"--help"} | {option for parameter in command.params for option in parameter.opts}
+
+
+def test_the_readmes_table_of_methods_is_the_benchmarks():
+    """It is what the benchmark's numbers, which are in the tree, make; with another number it would not be."""
+    summary = read_summary(ROOT / "docs" / "benchmark" / "summary.json")
+    assert up_to_date(README, summary)
+    first = re.search(r"\d+% \(", README[README.index("<!-- bench:begin -->") :])[0]
+    assert not up_to_date(README.replace(first, "99% (", 1), summary)
 
 
 @pytest.mark.parametrize("target", sorted(set(re.findall(r"\]\((?!https?://|#)([^)]+)\)", README))))
