@@ -5,9 +5,10 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
-from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM, PreTrainedModel
+from transformers import PreTrainedModel
 
-ARCHITECTURES = ("gpt2", "llama")
+from .models import ARCHITECTURES, language_model
+
 LEARNING_RATE_SCHEDULES = ("linear", "cosine", "constant_with_warmup")
 
 
@@ -91,29 +92,10 @@ class DemoSettings:
 
         No dropout: the two runs then differ in nothing but the nowcasts.
         """
-        common = {"vocab_size": self.vocabulary, "bos_token_id": 0, "eos_token_id": 0, "use_cache": False}
-        if self.arch == "gpt2":
-            config = GPT2Config(
-                n_layer=self.layers,
-                n_embd=self.width,
-                n_head=4,
-                n_positions=self.block_length,
-                resid_pdrop=0.0,
-                embd_pdrop=0.0,
-                attn_pdrop=0.0,
-                **common,
-            )
-            model = GPT2LMHeadModel(config)
-            model.loss_type = "ForCausalLM"  # transformers guesses it from the class name and warns that it cannot
-            return model
-        config = LlamaConfig(
-            num_hidden_layers=self.layers,
-            hidden_size=self.width,
-            intermediate_size=3 * self.width,
-            num_attention_heads=4,
-            num_key_value_heads=2,
-            max_position_embeddings=self.block_length,
-            tie_word_embeddings=True,
-            **common,
+        return language_model(
+            self.arch,
+            vocabulary=self.vocabulary,
+            block_length=self.block_length,
+            layers=self.layers,
+            width=self.width,
         )
-        return LlamaForCausalLM(config)

@@ -11,9 +11,9 @@ from pathlib import Path
 
 import torch
 from torch import Tensor, nn
-from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import PreTrainedTokenizerFast
 
-from ....demo.settings import ARCHITECTURES
+from ....demo.models import ARCHITECTURES, language_model
 from .base import Batch, Task
 from .measuring import evaluating
 from .prepared import prepared, shuffled_rows
@@ -127,32 +127,15 @@ class LanguageTask(Task):
     def build_model(self, data: Blocks) -> nn.Module:
         """A new GPT-2 or Llama without dropout; ``model(input_ids, labels=input_ids).loss`` is the mean next-token
         loss."""
-        common = {"vocab_size": self.vocabulary, "bos_token_id": 0, "eos_token_id": 0, "use_cache": False}
-        if self.arch == "gpt2":
-            config = GPT2Config(
-                n_layer=self.layers,
-                n_embd=self.width,
-                n_head=self.heads,
-                n_positions=self.block_length,
-                resid_pdrop=0.0,
-                embd_pdrop=0.0,
-                attn_pdrop=0.0,
-                **common,
-            )
-            model = GPT2LMHeadModel(config)
-            model.loss_type = "ForCausalLM"  # transformers guesses it from the class name and warns that it cannot
-            return model
-        config = LlamaConfig(
-            num_hidden_layers=self.layers,
-            hidden_size=self.width,
-            intermediate_size=3 * self.width,
-            num_attention_heads=self.heads,
-            num_key_value_heads=self.key_value_heads,
-            max_position_embeddings=self.block_length,
-            tie_word_embeddings=True,
-            **common,
+        return language_model(
+            self.arch,
+            vocabulary=self.vocabulary,
+            block_length=self.block_length,
+            layers=self.layers,
+            width=self.width,
+            heads=self.heads,
+            key_value_heads=self.key_value_heads,
         )
-        return LlamaForCausalLM(config)
 
     def batches(self, data: Blocks, seed: int, device: torch.device) -> Iterator[Batch]:
         """``input_ids`` and ``labels``, both int64 ``[batch_size, block_length]`` and the same tensor."""
