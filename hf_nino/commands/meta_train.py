@@ -42,7 +42,7 @@ def train_nowcaster(
         settings: of :class:`~hf_nino.metatrain.meta_settings.MetaSettings`.
 
     Raises:
-        ValueError, OSError, FloatingPointError: see :func:`hf_nino.metatrain.meta_train.meta_train`.
+        ValueError, OSError, FloatingPointError: see :func:`hf_nino.metatrain.meta_training.meta_train`.
     """
     sizes = {
         "nowcaster_type": kind,

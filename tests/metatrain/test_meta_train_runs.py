@@ -318,6 +318,7 @@ def _process(rank, folder, port):
 
 @pytest.mark.slow
 @pytest.mark.distributed
+@pytest.mark.timeout(900)  # two processes that wait for each other take long on a machine with other things to do
 def test_processes_average_the_gradients_of_trajectories_of_their_own(tmp_path):
     """Two processes with two trajectories each become what one process becomes that learns from the same four."""
     runs = [write_run(tmp_path / "trajectories" / f"run-{i}", waves(i), interval=10) for i in range(4)]
