@@ -8,11 +8,12 @@ LOWEST_STAMP := $(LOWEST_VENV)/.installed
 export HF_HUB_OFFLINE ?= 1
 export TOKENIZERS_PARALLELISM ?= false
 
-.PHONY: help install test slow lint demo test-lowest
+.PHONY: help install test slow lint demo bench test-lowest
 
 help:
 	@echo "make test         run the tests (a few minutes)"
 	@echo "make demo         train a small GPT-2 with and without nowcasts (ARGS='--arch llama' and more)"
+	@echo "make bench        compare nowcasting with its rivals, in tiny (ARGS='--preset tuned' for more)"
 	@echo "make slow         run the slow tests"
 	@echo "make lint         check the style with ruff"
 	@echo "make test-lowest  run the tests with the lowest versions that setup.cfg promises"
@@ -31,6 +32,9 @@ lint: $(STAMP)
 
 demo: $(STAMP)
 	$(BIN)/hf-nino demo $(ARGS)
+
+bench: $(STAMP)
+	$(BIN)/hf-nino bench $(ARGS)
 
 # Old packages warn about new ones: here only our own warnings are errors.
 test-lowest: $(LOWEST_STAMP)

@@ -13,7 +13,7 @@ SMALL_LANGUAGE = ("gpt2-64-kjv", "llama-64-sotu", "gpt2-64-wordnet", "llama-64-p
 PRESETS = {
     "smoke": Matrix(
         tasks=("tiny",),
-        methods=("linear", "momentum", "ema", "muon+momentum", "l2o"),
+        methods=("spectral", "linear", "momentum", "ema", "muon+momentum", "l2o"),
         protocols=("paper", "fixed"),
         seeds=(0,),
     ),
