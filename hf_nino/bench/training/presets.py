@@ -6,8 +6,8 @@ from .plan import Matrix
 
 SELECTION = {"language": "gpt2-32-kjv"}
 BASELINES = ("ema", "lawa", "schedulefree", "muon", "l2o")
-NOWCASTS = ("linear", "momentum", "lookahead")
-ON_OTHERS = ("muon+momentum", "muon+linear", "sgd", "sgd+momentum", "sgd+linear")
+NOWCASTS = ("spectral", "linear", "momentum", "lookahead")
+ON_OTHERS = ("muon+spectral", "muon+momentum", "muon+linear", "sgd", "sgd+spectral", "sgd+momentum", "sgd+linear")
 SMALL_LANGUAGE = ("gpt2-64-kjv", "llama-64-sotu", "gpt2-64-wordnet", "llama-64-pystdlib")
 
 PRESETS = {

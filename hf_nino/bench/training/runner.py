@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import json
 import math
-import multiprocessing
 import os
 import time
 import traceback
 from collections.abc import Callable
-from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
+from concurrent.futures import FIRST_COMPLETED, Future, wait
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,6 +18,7 @@ import torch
 from tqdm.auto import tqdm
 from transformers.utils import logging
 
+from ...workers import cores, workers
 from . import methods, tasks
 from .loop import train
 from .plan import Choices, Matrix, Plan, plan, rehearse
@@ -91,11 +91,6 @@ def run_benchmark(
     return found
 
 
-def cores() -> int:
-    """Cores that this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
-
 def _check(matrix: Matrix, out: Path) -> None:
     """Look every name up and load every task's data once, before hours of work."""
     missing = [f"{name}: {reason}" for name in matrix.methods if (reason := methods.method(name).missing())]
@@ -121,46 +116,31 @@ def read(spec: RunSpec, out: Path) -> Outcome | None:
 
 
 def _work(matrix: Matrix, out: Path, outcomes: dict[RunSpec, Outcome], jobs: int, device: str, expected: int) -> Plan:
-    """Runs until the plan wants no more.  Each worker has its share of the cores, or OMP_NUM_THREADS where that is set
-    (1 is best on a busy machine: models so small lose far more by waiting than they gain by sharing)."""
-    before = os.environ.get("OMP_NUM_THREADS")
-    threads = int(before) if before else max(1, cores() // jobs)
-    os.environ["OMP_NUM_THREADS"] = str(threads)  # workers read it when they start
-    context = multiprocessing.get_context("spawn")
-    pool = ProcessPoolExecutor(jobs, mp_context=context, initializer=_begin_worker, initargs=(threads,))
+    """Runs until the plan wants no more."""
     pending: dict[Future, RunSpec] = {}
     progress = tqdm(total=expected, initial=len(outcomes), desc="runs", unit="run", smoothing=0.1)
     try:
-        while True:
-            found = _plan(matrix, out, outcomes)
-            _choose(out / CHOICES, found.choices)
-            running = set(pending.values())
-            for spec in [spec for spec in found.runs if spec not in running][: jobs - len(pending)]:
-                pending[pool.submit(_run, spec, out, device)] = spec
-            if not pending:
-                return found
-            progress.total = max(len(found.wanted), expected)
-            for future in wait(pending, return_when=FIRST_COMPLETED).done:
-                spec = pending.pop(future)
-                future.result()
-                outcomes[spec] = _finished(spec, out)
-                progress.update()
-                progress.set_postfix_str(f"{spec.task} {spec.method}", refresh=False)
+        with progress, workers(jobs) as pool:
+            while True:
+                found = _plan(matrix, out, outcomes)
+                _choose(out / CHOICES, found.choices)
+                running = set(pending.values())
+                for spec in [spec for spec in found.runs if spec not in running][: jobs - len(pending)]:
+                    pending[pool.submit(_run, spec, out, device)] = spec
+                if not pending:
+                    return found
+                progress.total = max(len(found.wanted), expected)
+                for future in wait(pending, return_when=FIRST_COMPLETED).done:
+                    spec = pending.pop(future)
+                    future.result()
+                    outcomes[spec] = _finished(spec, out)
+                    progress.update()
+                    progress.set_postfix_str(f"{spec.task} {spec.method}", refresh=False)
     except BrokenProcessPool as error:
         raise ChildProcessError(
             "A process of the benchmark was killed, for want of memory perhaps: the same command with fewer `jobs` "
             "goes on where it stopped"
         ) from error
-    finally:
-        progress.close()
-        workers = list((pool._processes or {}).values())  # shutting down forgets them
-        pool.shutdown(wait=False, cancel_futures=True)
-        for worker in workers:
-            worker.terminate()
-        if before is None:
-            os.environ.pop("OMP_NUM_THREADS")
-        else:
-            os.environ["OMP_NUM_THREADS"] = before
 
 
 def _plan(matrix: Matrix, out: Path, outcomes: dict[RunSpec, Outcome]) -> Plan:
@@ -191,11 +171,6 @@ def _finished(spec: RunSpec, out: Path) -> Outcome:
     if outcome is None:
         raise OSError(f"{spec.path(out)}, the result of a run, is gone")
     return outcome
-
-
-def _begin_worker(threads: int) -> None:
-    torch.set_num_threads(threads)
-    logging.set_verbosity_error()
 
 
 def _run(spec: RunSpec, out: Path, device: str) -> None:

@@ -164,14 +164,9 @@ class Lookahead(Momentum):
 
 
 class Spectral(NowcastMethod):
-    """:class:`~hf_nino.nowcaster.spectral.SpectralNowcaster`."""
+    """:class:`~hf_nino.nowcaster.spectral.SpectralNowcaster`, everywhere as it is: nothing of it is chosen."""
 
     nowcaster_defaults = _defaults(SpectralNowcaster)
-    grid = (
-        {},  # every 25 steps, momentum 0.5
-        {"period": 50},
-        {"momentum": 0.8},
-    )
 
     def __init__(self, base: OptimizerMethod) -> None:
         super().__init__(base, "spectral", "spectral nowcasts")

@@ -26,16 +26,18 @@ ROOM = 1.7
 
 def swept_tasks(results: Results, kind: str, methods: Sequence[str] = (BASELINE,)) -> list[str]:
     """Tasks of a kind on which AdamW and one of ``methods`` have whole runs at three learning rates or more."""
-
-    def swept(task: str, method: str) -> bool:
-        sweep = results.sweep(task, method)
-        return sum(any(not run.diverged for run in runs.values()) for runs in sweep.values()) >= 3
-
     return [
         task
         for task in results.tasks
-        if results.kind(task) == kind and swept(task, BASELINE) and any(swept(task, method) for method in methods)
+        if results.kind(task) == kind
+        and _swept(results, task, BASELINE)
+        and any(_swept(results, task, method) for method in methods)
     ]
+
+
+def _swept(results: Results, task: str, method: str) -> bool:
+    sweep = results.sweep(task, method)
+    return sum(any(not run.diverged for run in runs.values()) for runs in sweep.values()) >= 3
 
 
 def draw_sweeps(results: Results, summary: Summary, group: Group, kind: str, path: Path) -> bool:
@@ -56,9 +58,11 @@ def draw_sweeps(results: Results, summary: Summary, group: Group, kind: str, pat
     figure = blank(WIDTH * columns + (0.8 if columns == 1 else 0), HEIGHT * rows + 0.7)
     panels = figure.subplots(rows, columns, squeeze=False)
     colours = looks(summary)
+    drawn: set[str] = set()
     for task, axes in zip(tasks, panels.flat, strict=False):
-        sweeps = {name: results.sweep(task, own[name]) for name in group.methods}
-        _panel(axes, sweeps, colours)
+        names = [name for name in group.methods if _swept(results, task, own[name])]
+        drawn.update(names)
+        _panel(axes, {name: results.sweep(task, own[name]) for name in names}, colours)
         axes.set_title(task, fontsize=10)
     for axes in panels.flat[len(tasks) :]:
         axes.set_visible(False)
@@ -71,6 +75,7 @@ def draw_sweeps(results: Results, summary: Summary, group: Group, kind: str, pat
     handles = [
         Line2D([], [], color=colours[name].colour, marker=colours[name].marker, label=summary.methods[name].title)
         for name in group.methods
+        if name in drawn
     ]
     figure.legend(
         handles=handles, loc="outside lower center", ncols=2 if columns > 1 else 1, frameon=False, fontsize=9
