@@ -13,6 +13,7 @@ from hf_nino.bench.training.spec import RunSpec
 @dataclass
 class FakeMethod:
     grid: tuple = ({},)
+    base: object = None
 
 
 TASKS = {
@@ -90,6 +91,19 @@ def test_a_lucky_seed_does_not_choose_a_learning_rate_at_which_others_fail():
     assert found.choices["tuned"]["words"][BASELINE]["learning_rate"] < 4e-3
     alone, _, _ = finish(replace(MATRIX, protocols=("tuned",), methods=("muon",), seeds=(0,)), loss)
     assert alone.choices["tuned"]["words"][BASELINE]["learning_rate"] == pytest.approx(8e-3)
+
+
+def test_adamw_runs_wherever_a_nowcaster_on_it_was_swept(monkeypatch):
+    """So both can be compared at learning rates that are too large; only nowcasters on AdamW ask for that."""
+    matrix = replace(MATRIX, protocols=("tuned",), selection={})
+    best = {**BEST, "linear": 4e-2}
+
+    def rates(method):
+        return {spec.learning_rate for spec in finish(matrix, valley(best))[1] if spec.method == method}
+
+    assert not rates("linear") <= rates(BASELINE)
+    monkeypatch.setitem(METHODS, "linear", FakeMethod(base=SimpleNamespace(name=BASELINE)))
+    assert rates("linear") <= rates(BASELINE) and not rates("muon") <= rates(BASELINE) - rates("linear")
 
 
 def test_settings_are_chosen_on_the_selection_task_with_a_seed_that_does_not_count():

@@ -35,7 +35,7 @@ class Matrix:
     * ``fixed``: warm-up and cosine, at the task's unswept learning rate;
     * ``tuned``: the same at the best learning rate, swept in factors of 2 until there are worse ones on both sides,
       first with one seed and from there on by the median of all; AdamW's sweep begins at the task's learning rate,
-      that of other methods at AdamW's best;
+      that of other methods at AdamW's best; AdamW is also run, once, wherever a nowcaster on it was;
     * ``robust``: the same at a quarter of AdamW's best, with the settings of ``fixed``: a learning rate that is too
       small is not known to be.
 
@@ -128,8 +128,21 @@ class _Planner:
         if rate is None:
             return
         self._losses(self._spec(task, method, settings, protocol, rate, seed) for seed in self.matrix.seeds)
+        if protocol == "tuned":
+            self._plain_beside(task, method)
         chosen = self.plan.choices.setdefault(protocol, {}).setdefault(task, {})
         chosen[method] = {"settings": dict(settings), "learning_rate": rate}
+
+    def _plain_beside(self, task: str, method: str) -> None:
+        """The plain runs at every learning rate of a nowcaster's sweep: what it is worth where it is too large."""
+        base = self.method(method).base
+        if base is None or base.name != BASELINE:
+            return
+        seed, plain = self.matrix.seeds[0], self.method(BASELINE).grid[0]
+        mine = {"task": task, "method": method, "schedule": "cosine", "seed": seed}
+        swept = [spec for spec in self.losses if all(getattr(spec, name) == value for name, value in mine.items())]
+        rates = sorted({spec.learning_rate for spec in swept})
+        self._losses(self._spec(task, BASELINE, plain, "tuned", rate, seed) for rate in rates)
 
     def _settings(self, protocol: str, task: str, method: str) -> Settings | None:
         grid = self.method(method).grid

@@ -81,11 +81,13 @@ class Method(ABC):
         learning_rate_scale: its learning rates in AdamW's units: 1 for what AdamW drives, more for SGD.
         grid: settings to choose among, the default first; one choice is made for each protocol, by validation loss on
             another seed.
+        base: the method that nowcasts are put on; ``None`` for one of its own.
     """
 
     name: str
     title: str
     learning_rate_scale: float = 1.0
+    base: Method | None = None
     grid: tuple[Settings, ...] = ({},)
 
     @abstractmethod

@@ -65,6 +65,7 @@ class NowcastMethod(Method):
         title: likewise.
     """
 
+    base: OptimizerMethod
     nowcaster_defaults: Mapping[str, Any] = {}
 
     def __init__(self, base: OptimizerMethod, name: str, title: str) -> None:
