@@ -96,7 +96,8 @@ def _panel(axes: Axes, sweeps: Mapping[str, Sweep], colours: Mapping[str, Look])
         if min(plain) <= rate * 1.01:
             axes.axvline(rate, color=FAINT, linewidth=1.2, zorder=1)
             place = {"xy": (rate, 1), "xycoords": ("data", "axes fraction"), "xytext": (3, -2)}
-            axes.annotate(text, **place, textcoords="offset points", va="top", fontsize=8, color="#7a7a7a")
+            note = axes.annotate(text, **place, textcoords="offset points", va="top", fontsize=8, color="#7a7a7a")
+            note.set_in_layout(False)
     for i, (name, line) in enumerate(lines.items()):
         look, order = colours[name], 3 if name == BASELINE else 4
         rates = [rate for rate in line if math.isfinite(line[rate])]
@@ -108,7 +109,8 @@ def _panel(axes: Axes, sweeps: Mapping[str, Sweep], colours: Mapping[str, Look])
             axes.plot(*zip(*dots, strict=True), marker=".", linestyle="none", markersize=4, alpha=0.5, **style)
         lost = [rate for rate in line if not math.isfinite(line[rate])]
         where = {"transform": axes.get_xaxis_transform(), "linestyle": "none", "clip_on": False}
-        axes.plot(lost, [1 - 0.035 * i] * len(lost), marker="x", markersize=6, markeredgewidth=1.5, **where, **style)
+        if lost:
+            axes.plot(lost, [1 - 0.035 * i] * len(lost), marker="x", markersize=6, markeredgewidth=1.5, **where, **style)
     _ticks(axes, sorted({rate for line in lines.values() for rate in line}))
     tidy(axes)
 
