@@ -23,6 +23,8 @@ def train_nowcaster(
     context: int | None = None,
     max_horizon: int | None = None,
     period: int | None = None,
+    horizon_input: bool = False,
+    rate_input: bool = False,
     intervals: str | None = None,
     held_out_tasks: str | None = None,
     report_to: str = "none",
@@ -35,7 +37,7 @@ def train_nowcaster(
     """Meta-train a nowcaster, and say where it is.
 
     Args:
-        kind: ``"nino"`` or ``"wnn"``; this and the sizes only without ``initial``.  ``None``: the default.
+        kind: ``"nino"`` or ``"wnn"``; this, the sizes and the inputs only without ``initial``.  ``None``: the default.
         intervals: ``"LOW-HIGH"`` or one number, in steps; see ``interval_range``.
         held_out_tasks: comma-separated patterns; ``"none"`` for no task.
         report_to: comma-separated names of trackers.
@@ -51,6 +53,8 @@ def train_nowcaster(
         "context": context,
         "max_horizon": max_horizon,
         "period": period,
+        "horizon_input": horizon_input or None,
+        "rate_input": rate_input or None,
     }
     given = {name: value for name, value in sizes.items() if value is not None}
     if initial is not None and given:

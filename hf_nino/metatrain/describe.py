@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from .. import __version__
 from ..graph.wrappers import inner_module
-from ..training.parameters import ParameterStore
+from ..training.stores import PlainStore
 from .recipe import Recipe
 
 ROWS_SEED = 0
@@ -40,7 +40,7 @@ def describe_run(
         seed: of the run.
         more: further entries that JSON can hold, such as ``task`` and ``settings``.
     """
-    store = ParameterStore(model)
+    store = PlainStore(model)
     parameters = {}
     for name, parameter in store.parameters().items():
         entry: dict[str, Any] = {"shape": list(parameter.shape), "dtype": name_of(parameter.dtype)}
@@ -73,7 +73,7 @@ def describe_model(model: nn.Module) -> dict[str, Any]:
     return found
 
 
-def describe_optimizer(optimizer: Any, store: ParameterStore) -> dict[str, Any]:
+def describe_optimizer(optimizer: Any, store: PlainStore) -> dict[str, Any]:
     """Name, and of each parameter group the settings and the names of its parameters.
 
     Args:
@@ -126,7 +126,7 @@ def choose_rows(model: nn.Module, max_rows: int | None) -> dict[str, Tensor]:
         tensors += [output.weight, *([output.bias] if isinstance(getattr(output, "bias", None), Tensor) else [])]
     large = {id(tensor) for tensor in tensors if len(tensor) > max_rows}
     found = {}
-    for name, parameter in ParameterStore(model).parameters().items():
+    for name, parameter in PlainStore(model).parameters().items():
         if id(parameter) in large:
             generator = torch.Generator().manual_seed(ROWS_SEED)
             found[name] = torch.randperm(len(parameter), generator=generator)[:max_rows].sort().values

@@ -7,6 +7,9 @@ and by type of edge.  The rivals:
 ``linear``       the mean move of the history goes on, k intervals times a factor.  The factor of each horizon is the
                  best of :data:`FACTORS` *on the very slices that are measured*, which is more than a user could know
 
+Learning rates differ, and with them what there is to predict: errors are also told for the horizons over which the
+mean learning rate is within 10% of the history's (``constant``), below (``falling``) and above (``rising``).
+
 Shape letters: N slices, K horizons, T edge types, G factors.
 """
 
@@ -37,6 +40,9 @@ METRICS = ("error", "relative")
 persistence's of the same slice, median over slices; a mean would be that of the few slices in which hardly anything
 moves."""
 
+PHASES = {"constant": (0.9, 1.1), "falling": (-math.inf, 0.9), "rising": (1.1, math.inf)}
+"""Mean learning rate over a horizon in units of that of the history: from, and to below."""
+
 ALL = "ALL"
 """Beside the names of edge types: all of them."""
 
@@ -56,6 +62,7 @@ class SliceErrors:
         elements: [T], that count.
         persistence, nowcaster: [K, T].
         linear: [K, G, T].
+        rate: [K], mean learning rate over each horizon in units of that of the history.
     """
 
     task: str
@@ -64,6 +71,7 @@ class SliceErrors:
     persistence: Tensor
     nowcaster: Tensor
     linear: Tensor
+    rate: Tensor
 
 
 def evaluation_slices(trajectory: Trajectory, context: int, interval: int, count: int) -> list[Slice]:
@@ -140,8 +148,10 @@ def _errors(
     mask = torch.zeros(room[:2], dtype=torch.bool)
     mask[:, :horizons] = batch.mask.cpu()
     counts = elements.clamp(min=1)[:, None]
+    rate = torch.ones(room[:2], dtype=torch.float64)
+    rate[:, :horizons] = (batch.conditions.ahead / batch.conditions.horizons).cpu()
     tables = persistence / counts, nowcaster / counts, linear / counts.unsqueeze(2)
-    rows = zip(mask, elements.cpu(), *(table.cpu() for table in tables), strict=True)
+    rows = zip(mask, elements.cpu(), *(table.cpu() for table in tables), rate, strict=True)
     return [SliceErrors(task, *row) for row in rows]
 
 
@@ -150,7 +160,8 @@ def summarise(errors: Sequence[SliceErrors]) -> dict[str, Any]:
 
     Slices count the same within their task, and all tasks the same.  For each of :data:`METRICS`: the best
     ``factors`` of ``linear``, by horizon and one for all; for :data:`ALL` edges and each type a list by horizon of
-    each of :data:`METHODS`, and the ``mean`` of each over horizons.  ``better_than_linear`` is the share of slices in
+    each of :data:`METHODS`, and the ``mean`` of each over horizons.  ``phases`` has the same for all edges and each of
+    :data:`PHASES`, with factors that are the best in this phase.  ``better_than_linear`` is the share of slices in
     which the nowcaster's error, over all horizons, is below that of ``linear``.
     """
     if not errors:
@@ -174,11 +185,7 @@ def summarise(errors: Sequence[SliceErrors]) -> dict[str, Any]:
     for metric in METRICS:
         relative = metric == "relative"
         table = {name: on_edges.relative() if relative else on_edges for name, on_edges in kinds.items()}
-        lines = averaged(table[ALL].values["linear"], table[ALL].mask, tasks, metric)  # [K, G]
-        best, one = lines.nan_to_num(nan=math.inf).argmin(1), int(lines.nanmean(0).argmin())
-        known = lines.isfinite().any(1).tolist()
-        by_horizon = [FACTORS[i] if there else None for i, there in zip(best.tolist(), known, strict=True)]
-        factors = {"factors": by_horizon, "one_factor": FACTORS[one]}
+        best, one, factors = _best_factors(table[ALL], tasks, metric)
         found[metric] = factors | {
             name: _by_horizon(on_edges, tasks, metric, best, one) for name, on_edges in table.items()
         }
@@ -187,6 +194,7 @@ def summarise(errors: Sequence[SliceErrors]) -> dict[str, Any]:
             lines = values["linear"].gather(2, best.view(1, -1, 1).expand(len(errors), -1, 1))
             gains = ((values["nowcaster"] - lines).squeeze(2) * mask).sum(1)
             found["better_than_linear"] = float((gains < 0).double().mean())
+    found["phases"] = _by_phase(kinds[ALL], torch.stack([one.rate for one in errors]), tasks)
     return found
 
 
@@ -211,6 +219,31 @@ def averaged(values: Tensor, mask: Tensor, tasks: Sequence[str], metric: str) ->
     if metric == "relative":
         return torch.stack([some.nanquantile(0.5, dim=0) for some in of_tasks]).nanmean(0)
     return torch.stack([some.nanmean(0) for some in of_tasks]).nanmean(0)
+
+
+def _best_factors(errors: Errors, tasks: Sequence[str], metric: str) -> tuple[Tensor, int, dict[str, Any]]:
+    """Of ``linear``: which is best at each horizon [K] and which over all of them, and the same as plain values."""
+    lines = averaged(errors.values["linear"], errors.mask, tasks, metric)  # [K, G]
+    best, one = lines.nan_to_num(nan=math.inf).argmin(1), int(lines.nanmean(0).argmin())
+    known = lines.isfinite().any(1).tolist()
+    by_horizon = [FACTORS[i] if there else None for i, there in zip(best.tolist(), known, strict=True)]
+    return best, one, {"factors": by_horizon, "one_factor": FACTORS[one]}
+
+
+def _by_phase(errors: Errors, rate: Tensor, tasks: Sequence[str]) -> dict[str, Any]:
+    """Errors in each of the :data:`PHASES` that there are; ``rate`` [N, K] says in which a horizon is."""
+    found: dict[str, Any] = {}
+    for phase, (low, high) in PHASES.items():
+        there = errors.mask & (rate >= low) & (rate < high)
+        if not there.any():
+            continue
+        found[phase] = {"slices": int(there.any(1).sum())}
+        for metric in METRICS:
+            part = Errors(errors.values, there)
+            part = part.relative() if metric == "relative" else part
+            best, one, factors = _best_factors(part, tasks, metric)
+            found[phase][metric] = factors | _by_horizon(part, tasks, metric, best, one)
+    return found
 
 
 def _by_horizon(errors: Errors, tasks: Sequence[str], metric: str, best: Tensor, one: int) -> dict[str, Any]:

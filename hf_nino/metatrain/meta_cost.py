@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -9,7 +10,7 @@ from dataclasses import dataclass
 from ..training.estimate import extrapolate, synchronize
 from .held_out import measure
 from .meta_loop import MetaTraining
-from .sampling import Slice, read_batch
+from .sampling import Slice
 from .split import task_of
 from .trajectory import Trajectory
 
@@ -56,7 +57,7 @@ def _seconds(training: MetaTraining, trajectory: Trajectory) -> float:
     synchronize(device)
     started = time.perf_counter()
     slices = [Slice(0, stride)] * settings.slices
-    batch = read_batch(trajectory, slices, training.network.context, training.network.max_horizon).to(device)
+    batch = training.read(trajectory, slices, random.Random(0)).to(device)
     training.objective(shape, batch).loss.backward()
     training.optimizer.zero_grad()
     synchronize(device)

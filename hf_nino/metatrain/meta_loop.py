@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
+import random
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
 from pathlib import Path
@@ -19,8 +20,9 @@ from ..nowcaster.modeling import NiNoModel, WNNModel
 from .meta_checkpoint import load_checkpoint, read_state, save_checkpoint
 from .meta_settings import MetaSettings
 from .objective import Objective
-from .sampling import Batch, Sampler, draw_signs, read_batch
+from .sampling import Batch, Sampler, Slice, draw_horizons, draw_signs, read_batch
 from .shapes import ModelShape, Shapes
+from .trajectory import Trajectory
 
 logger = logging.get_logger(__name__)
 
@@ -97,11 +99,19 @@ class MetaTraining:
         """One of :meth:`examples`."""
         process = self.accelerator.process_index
         trajectory, slices, source = self.sampler.draw(step, number, self.settings.slices, process)
-        batch = read_batch(trajectory, slices, self.network.context, self.network.max_horizon)
         signs = None
         if self.settings.sign_flips and isinstance(self.network, NiNoModel):
             signs = draw_signs(source, len(slices), self.network.config.positional_size)
-        return self.shapes.of(trajectory), batch, signs
+        return self.shapes.of(trajectory), self.read(trajectory, slices, source), signs
+
+    def read(self, trajectory: Trajectory, slices: Sequence[Slice], source: random.Random) -> Batch:
+        """What is learned from slices of a trajectory."""
+        context, most = self.network.context, self.network.max_horizon
+        if self.network.modulation is not None:
+            there = [min(piece.horizons(len(trajectory), context), most) for piece in slices]
+            pairs = zip(slices, there, strict=True)
+            slices = [draw_horizons(source, piece, available, self.settings.horizons) for piece, available in pairs]
+        return read_batch(trajectory, slices, context, most, self.settings.target_neighbours)
 
     def _step(self, examples: list[Example]) -> None:
         rate = self.settings.rate(self.step_count)

@@ -85,6 +85,19 @@ def evaluation_table(found: Mapping[str, Any]) -> str:
             ]
             lines.append(markdown_table(head, rows))
         lines.append(
+            "By the learning rate over the horizon, against that of the history (within 10%: constant), mean over "
+            "horizons, in percent of the last state's error; `linear` with the factors that are best there:\n"
+        )
+        phases = [
+            [
+                phase,
+                str(each["slices"]),
+                *(_cell(each["relative"]["mean"][m], 100, 1) for m in ("linear", "nowcaster")),
+            ]
+            for phase, each in part["phases"].items()
+        ]
+        lines.append(markdown_table(["learning rate", "slices", "linear", "nowcaster"], phases))
+        lines.append(
             f"The nowcaster is nearer than `linear` in {100 * part['better_than_linear']:.0f}% of the slices. By type "
             "of edge, mean over horizons, in percent of the last state's error:\n"
         )

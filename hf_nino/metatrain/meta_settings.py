@@ -24,6 +24,10 @@ class MetaSettings:
         interval_range: optimizer steps between the snapshots of a slice, from and to, drawn for each slice;
             ``None``: from half to twice ``period // context`` of the nowcaster.
         mask_rounding: leave out parameters that only move because gradients are rounded, such as key biases.
+        horizons: of each slice, drawn anew, for nowcasters that are told the horizon or learning rates; others learn
+            from all that there are.
+        target_neighbours: recorded snapshots on each side that a target is averaged with.  A nowcast should aim at
+            where the run is going and not at its noise.
         sign_flips: give the columns of the positional encoding random signs.
         held_out_share: of the runs of each task, and of the tasks, that nothing is learned from.
         held_out_tasks: patterns of the tasks that nothing is learned from, instead of a share.
@@ -42,19 +46,21 @@ class MetaSettings:
     max_grad_norm: float = 5.0
     interval_range: tuple[int, int] | None = None
     mask_rounding: bool = True
+    horizons: int = 4
+    target_neighbours: int = 0
     sign_flips: bool = True
     held_out_share: float = 0.1
     held_out_tasks: tuple[str, ...] | None = None
     seed: int = 0
 
     def __post_init__(self) -> None:
-        for name in ("steps", "batch_size", "slices"):
+        for name in ("steps", "batch_size", "slices", "horizons"):
             if getattr(self, name) < 1:
                 raise ValueError(f"`{name}` must be at least 1, got {getattr(self, name)}")
         for name in ("learning_rate", "max_grad_norm"):
             if not 0 < getattr(self, name) < float("inf"):
                 raise ValueError(f"`{name}` must be above 0 and finite, got {getattr(self, name)}")
-        for name in ("warmup_steps", "weight_decay"):
+        for name in ("warmup_steps", "weight_decay", "target_neighbours"):
             if not 0 <= getattr(self, name) < float("inf"):
                 raise ValueError(f"`{name}` must be at least 0 and finite, got {getattr(self, name)}")
         if not 0 <= self.held_out_share < 1:

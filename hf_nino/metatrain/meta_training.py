@@ -115,6 +115,8 @@ def meta_train(
     checkpoint = last_checkpoint(out)
     if checkpoint is not None:
         before = read_state(checkpoint)
+        # Runs begun before there was a setting had its default.
+        before["decides"]["settings"] = MetaSettings.from_dict(before["decides"]["settings"]).to_dict()
         _check_same(before["decides"], decides, checkpoint)
         if (out / SUMMARY).is_file() and before["step"] >= settings.steps:
             say(f"{out} is finished already.")

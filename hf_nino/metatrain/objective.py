@@ -81,8 +81,9 @@ def scaled_deltas(
     """What a nowcaster predicts of a batch: number, block and scaled deltas ``[S, J, I, F, K]`` of all trainable
     blocks, K as in the batch; differentiable in its weights."""
     horizons = batch.mask.shape[1]
+    conditions = None if network.modulation is None else batch.conditions
     edges = sum(block.edges for block in shape.graph.trainable_blocks) * len(batch)
-    recompute = edges * kept_per_edge(network) > KEPT_BYTES
+    recompute = edges * kept_per_edge(network, horizons) > KEPT_BYTES
     if isinstance(network, WNNModel):
         found = _wnn_deltas(network, shape.graph, batch, recompute)
     else:
@@ -91,9 +92,8 @@ def scaled_deltas(
         token = None
         if network.token_position is not None:
             token = token_rows(shape.graph, network.config.token_position_vocabulary)
-        engine = Engine(recompute=recompute)
-        histories, scales = batch.histories, batch.scales
-        found = blockwise_samples(network, shape.graph, histories, scales, None, pos, token=token, engine=engine)
+        told = {"token": token, "engine": Engine(recompute=recompute), "conditions": conditions}
+        found = blockwise_samples(network, shape.graph, batch.histories, batch.scales, None, pos, **told)
     for number, (block, delta) in enumerate(found):
         yield number, block, delta[..., :horizons]
 
@@ -116,26 +116,33 @@ def as_edges(block: EdgeBlock, states: Tensor) -> Tensor:
     return edges.reshape(*flat.shape[:2], *block.shape).movedim(1, -1)
 
 
-def kept_per_edge(network: NiNoModel | WNNModel) -> int:
+def kept_per_edge(network: NiNoModel | WNNModel, horizons: int) -> int:
     """Bytes that autograd keeps of an edge of one slice, about: hidden units of all products and activations."""
     config = network.config
     layers = 4 if isinstance(network, WNNModel) else config.num_layers * (config.num_layers + 1)
+    if network.modulation is not None:  # decodes for each horizon
+        layers += horizons
     return 4 * (2 * layers * config.hidden_size + config.max_horizon * config.max_features)
 
 
 def _wnn_deltas(
     network: WNNModel, graph: NeuralGraph, batch: Batch, recompute: bool
 ) -> Iterator[tuple[EdgeBlock, Tensor]]:
+    told = network.modulation is not None
+
     def run(states: Tensor, types: Tensor) -> Tensor:
+        if told:
+            return network.conditioned_deltas(states, types, batch.conditions)
         return network(Data(edge_attr=states, edge_type=types))[:, 0]
 
     for block in graph.trainable_blocks:
         mean, spread = (table[block.parameter].view(-1, 1, 1, 1, 1) for table in (batch.mean, batch.spread))
         states = (as_edges(block, batch.past[block.parameter]) - mean) / spread
-        flat = states.flatten(0, 3)
+        # What a network is told differs between slices: they stay apart.
+        flat = states.flatten(1, 3) if told else states.flatten(0, 3)
         parts = []
-        for part in flat.split(WNN_PART):
-            types = torch.full((len(part),), int(block.edge_type), device=part.device)
+        for part in flat.split(max(WNN_PART // len(batch), 1) if told else WNN_PART, dim=-2):
+            types = torch.full((part.shape[-2],), int(block.edge_type), device=part.device)
             kept = torch.is_grad_enabled() and recompute
             parts.append(checkpoint(run, part, types, use_reentrant=False) if kept else run(part, types))
-        yield block, torch.cat(parts).view(*states.shape[:4], -1)
+        yield block, torch.cat(parts, dim=-2).view(*states.shape[:4], -1)

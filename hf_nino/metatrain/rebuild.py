@@ -8,7 +8,7 @@ import torch
 import transformers
 from torch import nn
 
-from ..training.parameters import ParameterStore
+from ..training.stores import PlainStore
 from .trajectory import DESCRIPTION, Trajectory
 
 # Configuration entries that count the rows of an embedding.
@@ -25,7 +25,7 @@ def rebuild_model(trajectory: Trajectory) -> nn.Module:
             :func:`hf_nino.metatrain.tasks.recording_task` knows, or what it names has other parameters.
     """
     model = _build(trajectory)
-    found = {name: tuple(tensor.shape) for name, tensor in ParameterStore(model).live().items()}
+    found = {name: tuple(tensor.shape) for name, tensor in PlainStore(model).live().items()}
     if found != trajectory.shapes:
         different = sorted(found.items() ^ trajectory.shapes.items())[0][0]
         shapes = f"{found.get(different)}, and the trajectory {trajectory.shapes.get(different)}"

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from transformers.utils import logging
 
 from ..training.learning_rate import learning_rates
-from ..training.parameters import ParameterStore, make_store
+from ..training.stores import PlainStore, plain_store
 from .describe import bare_optimizer, choose_rows, describe_optimizer, describe_run
 from .recipe import Recipe
 from .shards import SHARD_BYTES, TrajectoryWriter, write_text
@@ -236,9 +236,9 @@ class Recording:
         )
 
 
-def _store(model: nn.Module) -> ParameterStore:
+def _store(model: nn.Module) -> PlainStore:
     try:
-        return make_store(model)
+        return plain_store(model)
     except ValueError as error:
         raise ValueError(f"the trajectory of this model cannot be recorded: {error}") from error
 

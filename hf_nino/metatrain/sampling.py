@@ -9,6 +9,7 @@ Shape letters: S slices of one trajectory, C context, K horizons.
 from __future__ import annotations
 
 import copy
+import itertools
 import math
 import random
 from collections.abc import Sequence
@@ -17,6 +18,8 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from ..nowcaster.conditions import Conditions
+from ..nowcaster.rates import Rates
 from ..nowcaster.scaling import EPSILON, Scale, measure_scales
 from .split import task_of
 from .trajectory import Trajectory
@@ -29,10 +32,12 @@ class Slice:
     Args:
         start: the first of its snapshots.
         stride: recorded snapshots from one of its snapshots to the next.
+        only: the horizons that are wanted of it; ``None``: all.
     """
 
     start: int
     stride: int
+    only: tuple[int, ...] | None = None
 
     def horizons(self, snapshots: int, context: int) -> int:
         """How many horizons a trajectory of so many snapshots has behind the context of this slice."""
@@ -45,11 +50,13 @@ class Batch:
 
     Args:
         past: {name: ``[S, C, *shape]``}, oldest first.
-        future: {name: ``[S, K, *shape]``}, the states at horizons 1 to K; the last of the past where there is none.
+        future: {name: ``[S, K, *shape]``}, the states at horizons 1 to K, or at those wanted of each slice; the
+            last of the past where there is none.
         mask: bool ``[S, K]``, where there is one.
         scales: of each slice, those of every parameter, measured on its past.
         mean, spread: {name: ``[S]``}, the same as tensors; ``spread`` is what moves are divided by, std + 1e-6.
         moves: {name: bool ``[S]``}, whether the parameter differs within its past at all, beyond what scaling sees.
+        conditions: horizons, and the recorded learning rates around them.
     """
 
     past: dict[str, Tensor]
@@ -59,6 +66,7 @@ class Batch:
     mean: dict[str, Tensor]
     spread: dict[str, Tensor]
     moves: dict[str, Tensor]
+    conditions: Conditions
 
     def __len__(self) -> int:
         return len(self.mask)
@@ -76,10 +84,12 @@ class Batch:
         """The same on a device."""
         tables = ("past", "future", "mean", "spread", "moves")
         moved = {table: {name: tensor.to(device) for name, tensor in getattr(self, table).items()} for table in tables}
-        return replace(self, mask=self.mask.to(device), **moved)
+        return replace(self, mask=self.mask.to(device), conditions=self.conditions.to(device), **moved)
 
 
-def read_batch(trajectory: Trajectory, slices: Sequence[Slice], context: int, horizons: int) -> Batch:
+def read_batch(
+    trajectory: Trajectory, slices: Sequence[Slice], context: int, horizons: int, neighbours: int = 0
+) -> Batch:
     """The states of slices of one trajectory.
 
     States that are not finite are no targets, and a slice with one in its past has none at all: its ``mask`` is False.
@@ -87,6 +97,8 @@ def read_batch(trajectory: Trajectory, slices: Sequence[Slice], context: int, ho
     Args:
         context: snapshots of the past, C.
         horizons: at most; K is the largest number that any of the slices has, or 1.
+        neighbours: recorded snapshots on each side that a target is averaged with; fewer, but as many on both, next to
+            the end of the past and to that of the run.
 
     Raises:
         IndexError: the past of a slice does not lie in the trajectory.
@@ -95,30 +107,67 @@ def read_batch(trajectory: Trajectory, slices: Sequence[Slice], context: int, ho
     # them when it goes.
     reader = copy.copy(trajectory)
     counts = [min(piece.horizons(len(reader), context), horizons) for piece in slices]
-    most = max(1, *counts)
+    wanted = [
+        [k for k in range(1, count + 1) if piece.only is None or k in piece.only]
+        for piece, count in zip(slices, counts, strict=True)
+    ]
+    most = max(1, *map(len, wanted))
     past: dict[str, list[Tensor]] = {name: [] for name in reader.names}
     future: dict[str, list[Tensor]] = {name: [] for name in reader.names}
     mask = torch.zeros(len(slices), most, dtype=torch.bool)
-    for number, (piece, count) in enumerate(zip(slices, counts, strict=True)):
-        if count < 0:
+    for number, (piece, ahead) in enumerate(zip(slices, wanted, strict=True)):
+        if counts[number] < 0:
             raise IndexError(f"{reader.folder} has {len(reader)} snapshots, too few for {context} of them at {piece}")
-        stop = piece.start + (context - 1 + count) * piece.stride + 1
-        finite = torch.ones(context + count, dtype=torch.bool)
+        last = (context - 1) * piece.stride
+        targets = [last + k * piece.stride for k in ahead]
+        widths = [min(neighbours, t - last, len(reader) - 1 - piece.start - t) for t in targets]
+        ends = [t + width for t, width in zip(targets, widths, strict=True)]
+        finite = torch.ones(context + len(ahead), dtype=torch.bool)
         # Read side by side and then thinned out: one call a parameter instead of one a snapshot.
-        for name, tensor in reader.states(piece.start, stop).items():
-            tensor = tensor[:: piece.stride].float()
-            finite &= tensor.flatten(1).isfinite().all(1)
-            filler = tensor[context - 1].expand(most - count, *tensor.shape[1:])
-            past[name].append(tensor[:context])
-            future[name].append(torch.cat([tensor[context:], filler]))
-        mask[number, :count] = finite[context:] & finite[:context].all()
+        for name, tensor in reader.states(piece.start, piece.start + max([last, *ends]) + 1).items():
+            means = [tensor[t - w : t + w + 1].float().mean(0) for t, w in zip(targets, widths, strict=True)]
+            thin = torch.cat([tensor[: last + 1 : piece.stride].float(), *(mean.unsqueeze(0) for mean in means)])
+            finite &= thin.flatten(1).isfinite().all(1)
+            filler = thin[context - 1].expand(most - len(ahead), *thin.shape[1:])
+            past[name].append(thin[:context])
+            future[name].append(torch.cat([thin[context:], filler]))
+        mask[number, : len(ahead)] = finite[context:] & finite[:context].all()
     stacked = {name: torch.stack(tensors).nan_to_num(posinf=0.0, neginf=0.0) for name, tensors in past.items()}
     targets = {name: torch.stack(tensors).nan_to_num(posinf=0.0, neginf=0.0) for name, tensors in future.items()}
-    return _measured(stacked, targets, mask)
+    told = [
+        _conditions(reader, piece, context, [*ahead, *[1] * (most - len(ahead))])
+        for piece, ahead in zip(slices, wanted, strict=True)
+    ]
+    parts = ([getattr(one, name) for one in told] for name in ("horizons", "past", "ahead"))
+    return _measured(stacked, targets, mask, Conditions(*map(torch.cat, parts)))
 
 
-def _measured(past: dict[str, Tensor], future: dict[str, Tensor], mask: Tensor) -> Batch:
-    batch = Batch(past, future, mask, [], {}, {}, {})
+def recorded_rates(trajectory: Trajectory, piece: Slice, context: int, horizon: int) -> Rates:
+    """The learning rates of a slice and the way to a horizon, as far as the run goes.
+
+    Those of the steps before the first snapshot are taken for those after it where there are none, and all for
+    constant if the history had none: nothing moved then.
+    """
+    sums, stride = trajectory.learning_rate_sums, piece.stride
+    places = [piece.start + c * stride for c in range(context)]
+    past = [(sums[later] - sums[place]) / stride for place, later in itertools.pairwise(places)]
+    unit = math.fsum(past) / len(past)
+    if unit <= 0:
+        return Rates.constant(context, horizon)
+    before = min(piece.start, stride)
+    first = (sums[piece.start] - sums[piece.start - before]) / before if before else past[0]
+    end = min(places[-1] + horizon * stride, len(sums) - 1)
+    # Sums are rounded: that of no further steps may come out below 0.
+    rates = [max(rate, 0.0) for rate in (first, *past)]
+    return Rates(tuple(rates), max(sums[end] - sums[places[-1]], 0.0) / (unit * stride))
+
+
+def _conditions(trajectory: Trajectory, piece: Slice, context: int, horizons: Sequence[int]) -> Conditions:
+    return Conditions.of(horizons, [recorded_rates(trajectory, piece, context, k) for k in horizons])
+
+
+def _measured(past: dict[str, Tensor], future: dict[str, Tensor], mask: Tensor, conditions: Conditions) -> Batch:
+    batch = Batch(past, future, mask, [], {}, {}, {}, conditions)
     scales = [measure_scales(history) for history in batch.histories]
     mean = {name: torch.tensor([scale[name].mean for scale in scales]) for name in past}
     spread = {name: torch.tensor([scale[name].std + EPSILON for scale in scales]) for name in past}
@@ -126,7 +175,7 @@ def _measured(past: dict[str, Tensor], future: dict[str, Tensor], mask: Tensor) 
         name: (tensor != tensor[:, :1]).flatten(1).any(1) & (spread[name] > 2 * EPSILON)
         for name, tensor in past.items()
     }
-    return Batch(past, future, mask, scales, mean, spread, moves)
+    return Batch(past, future, mask, scales, mean, spread, moves, conditions)
 
 
 class Sampler:
@@ -183,6 +232,13 @@ class Sampler:
 
     def _place(self, trajectory: Trajectory, stride: int, source: random.Random) -> Slice:
         return Slice(source.randint(0, len(trajectory) - 1 - self.context * stride), stride)
+
+
+def draw_horizons(source: random.Random, piece: Slice, available: int, count: int) -> Slice:
+    """The slice with ``count`` of its ``available`` horizons, all equally likely: the mean loss over them is, on
+    average, that over all."""
+    chosen = source.sample(range(1, available + 1), min(count, available))
+    return replace(piece, only=tuple(sorted(chosen)))
 
 
 def draw_signs(source: random.Random, slices: int, size: int) -> Tensor:

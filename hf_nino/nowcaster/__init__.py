@@ -6,7 +6,9 @@ from .configuration import NowcasterConfig
 from .engine import Engine
 from .modeling import NiNoModel, WNNModel
 from .original import convert_original
+from .rates import Rates
 from .rules import LinearNowcaster, MomentumNowcaster
+from .shards import Ranks, Rows, Shards
 from .spectral import SpectralNowcaster
 
 __all__ = [
@@ -16,6 +18,10 @@ __all__ = [
     "NiNoModel",
     "Nowcaster",
     "NowcasterConfig",
+    "Ranks",
+    "Rates",
+    "Rows",
+    "Shards",
     "SpectralNowcaster",
     "WNNModel",
     "convert_original",

@@ -29,9 +29,11 @@ import torch
 from torch import Tensor
 
 from ..graph.structure import EdgeBlock, NeuralGraph
+from .conditions import Conditions
 from .engine import Engine
 from .folding import Folded
 from .passes import Passes
+from .portion import Portion
 from .scaling import Scale
 from .streaming import History, Results
 
@@ -44,12 +46,13 @@ def blockwise(
     graph: NeuralGraph,
     states: History,
     scales: Mapping[str, Scale],
-    horizon: int | None,
+    horizon: float | None,
     pos: Tensor,
     *,
     token: Tensor | None = None,
     engine: Engine | None = None,
     folded: Folded | None = None,
+    conditions: Conditions | None = None,
 ) -> Iterator[tuple[EdgeBlock, Tensor]]:
     """Scaled deltas of every trainable block, in the order of ``graph.trainable_blocks``.
 
@@ -64,13 +67,14 @@ def blockwise(
         token: int64 [N], row of the token position table for every node; only for networks that have one.
         engine: precision, memory and threads; ``None`` for ``network.engine``.
         folded: ``fold(network, horizon)``, to share it between graphs.
+        conditions: what networks that are told anything are told, instead of ``horizon``; ``None``: a constant
+            learning rate.
 
     Yields:
         (block, delta) with delta [J, I, F], or [J, I, F, K] for all horizons.  To be added to the scaled last state.
     """
-    for block, delta in blockwise_samples(
-        network, graph, [states], [scales], horizon, pos, token=token, engine=engine, folded=folded
-    ):
+    told = {"token": token, "engine": engine, "folded": folded, "conditions": conditions}
+    for block, delta in blockwise_samples(network, graph, [states], [scales], horizon, pos, **told):
         yield block, delta[0]
 
 
@@ -79,12 +83,13 @@ def blockwise_samples(
     graph: NeuralGraph,
     samples: Sequence[History],
     scales: Sequence[Mapping[str, Scale]],
-    horizon: int | None,
+    horizon: float | None,
     pos: Tensor,
     *,
     token: Tensor | None = None,
     engine: Engine | None = None,
     folded: Folded | None = None,
+    conditions: Conditions | None = None,
 ) -> Iterator[tuple[EdgeBlock, Tensor]]:
     """:func:`blockwise` for S samples of one graph at once, which saves the work that blocks cost by their number.
 
@@ -92,11 +97,12 @@ def blockwise_samples(
         samples: S histories of C snapshots each.
         scales: the scales of each.
         pos: [N, positional_size] for all, or [S, N, positional_size].
+        conditions: of S samples, or of one for all of them; ``horizon`` is ``None`` for several horizons.
 
     Yields:
         (block, delta) with delta [S, J, I, F], or [S, J, I, F, K] for all horizons.
     """
-    passes = Passes(network, graph, samples, scales, horizon, engine, folded)
+    passes = Passes(network, graph, samples, scales, horizon, engine, folded, conditions=conditions)
     passes.messages(pos, token)
     for block, strips in passes.blocks():
         delta = passes.deltas(block, strips)
@@ -109,18 +115,24 @@ def predict(
     graph: NeuralGraph,
     states: History,
     scales: Mapping[str, Scale],
-    horizon: int,
+    horizon: float,
     pos: Tensor,
     result: Mapping[str, Tensor],
     *,
     token: Tensor | None = None,
     engine: Engine | None = None,
+    portion: Portion | None = None,
+    conditions: Conditions | None = None,
 ) -> None:
     """Write the predicted state into the contiguous tensors of ``result``; other arguments as for :func:`blockwise`.
 
     The scaled last state plus the delta, scaled back.  Nothing of the size of a parameter is held beside the result.
+
+    Args:
+        portion: what this rank has of the graph, where ranks share the work: of all else, ``states`` and ``result``
+            hold what its blocks read and write.
     """
-    passes = Passes(network, graph, [states], [scales], horizon, engine)
+    passes = Passes(network, graph, [states], [scales], horizon, engine, portion=portion, conditions=conditions)
     passes.messages(pos, token)
     results = Results(result, passes.device, passes.states.lane)
     for block, strips in passes.blocks():

@@ -11,6 +11,12 @@ import torch.nn.functional as F
 from torch import Tensor
 
 FORMAT_VERSION = 1
+"""Of nowcasters without any of :data:`SWITCHES`."""
+
+SWITCHES_VERSION = 2
+"""Of nowcasters with one: who knows only version 1 refuses them."""
+
+SWITCHES = ("horizon_input", "rate_input")
 
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "silu": F.silu,
@@ -40,7 +46,8 @@ class NowcasterConfig:
 
     Args:
         nowcaster_type: ``"nino"`` (graph network) or ``"wnn"`` (each parameter alone).
-        format_version: version of this format; readers refuse what they do not know.
+        format_version: version of this format; readers refuse what they do not know.  ``None``: the one that these
+            settings need, 2 if one of the switches at the end is on and 1 otherwise.
         context: snapshots that it reads, C.
         hidden_size: width of the nowcaster, H.
         num_layers: message-passing layers as the paper counts them.  The last one would only update nodes that nothing
@@ -55,13 +62,16 @@ class NowcasterConfig:
         period: optimizer steps between nowcasts that it was trained for.
         scale: how parameters are scaled before the network sees them; only ``"std"``, per tensor.
         meta_trained_on: free text about the training data.
+        horizon_input: the horizon is an input of the decoder, which then has one output row instead of K, and may be
+            any number from 1 to K.
+        rate_input: it is told the learning rates, see :class:`hf_nino.nowcaster.Rates`.
 
     Raises:
         ValueError: a value of the wrong type or out of range; the message names the field, the rule and the value.
     """
 
     nowcaster_type: str = "nino"
-    format_version: int = FORMAT_VERSION
+    format_version: int | None = None
     context: int = 5
     hidden_size: int = 128
     num_layers: int = 3
@@ -74,13 +84,17 @@ class NowcasterConfig:
     period: int = 1000
     scale: str = "std"
     meta_trained_on: str | None = None
+    horizon_input: bool = False
+    rate_input: bool = False
 
     def __post_init__(self) -> None:
-        version = self.format_version
-        if type(version) is not int or version != FORMAT_VERSION:
-            raise ValueError(
-                f"`format_version` of a nowcaster must be {FORMAT_VERSION}, got {version!r}; try a newer hf_nino"
-            )
+        for name in SWITCHES:
+            if type(getattr(self, name)) is not bool:
+                raise ValueError(f"`{name}` of a nowcaster must be true or false, got {getattr(self, name)!r}")
+        needed = _version_for({name: getattr(self, name) for name in SWITCHES})
+        if self.format_version is None:
+            object.__setattr__(self, "format_version", needed)
+        _check_version(self.format_version, needed)
         for name, (low, high) in _RANGES.items():
             value = getattr(self, name)
             if name == "token_position_vocabulary" and value is None:
@@ -95,8 +109,12 @@ class NowcasterConfig:
             raise ValueError(f"`meta_trained_on` of a nowcaster must be text or None, got {self.meta_trained_on!r}")
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain values, as written to config.json."""
-        return asdict(self)
+        """Plain values, as written to config.json; without the switches where the format version knows none."""
+        return {
+            name: value
+            for name, value in asdict(self).items()
+            if name not in SWITCHES or self.format_version == SWITCHES_VERSION
+        }
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> NowcasterConfig:
@@ -112,10 +130,19 @@ class NowcasterConfig:
             if name not in values:
                 raise ValueError(f"a nowcaster's configuration must have `{name}`, got only {sorted(values)}")
         # Before the keys: a newer version is expected to have keys that this one does not know.
-        if values["format_version"] == FORMAT_VERSION:
-            known = {field.name for field in fields(cls)}
-            unknown = sorted(str(name) for name in values if name not in known)
-            if unknown:
-                raise ValueError(f"a nowcaster's configuration has unknown keys {unknown}; known are {sorted(known)}")
-            return cls(**values)
-        return cls(format_version=values["format_version"])
+        _check_version(values["format_version"], _version_for(values))
+        known = {field.name for field in fields(cls)}
+        unknown = sorted(str(name) for name in values if name not in known)
+        if unknown:
+            raise ValueError(f"a nowcaster's configuration has unknown keys {unknown}; known are {sorted(known)}")
+        return cls(**values)
+
+
+def _version_for(values: Mapping[str, Any]) -> int:
+    """The format version that settings need."""
+    return SWITCHES_VERSION if any(values.get(name) for name in SWITCHES) else FORMAT_VERSION
+
+
+def _check_version(version: Any, needed: int) -> None:
+    if type(version) is not int or version != needed:
+        raise ValueError(f"`format_version` of a nowcaster must be {needed}, got {version!r}; try a newer hf_nino")

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import ClassVar
 
 import torch
 from torch import Tensor
 
 from ..graph import NeuralGraph
-from .base import Nowcaster, check_states
+from .base import Nowcaster, check_rows, check_states
+from .shards import Shards
 
 
 class DisplacementNowcaster(Nowcaster):
@@ -21,12 +22,15 @@ class DisplacementNowcaster(Nowcaster):
     nowcast without an anchor makes the state the anchor and returns it unchanged.
 
     Subclasses say in :attr:`parts` which tensors they keep beside the anchor, for each parameter, in :meth:`begin` how
-    they begin and in :meth:`move` what is to be done.
+    they begin and in :meth:`move` what is to be done.  Those that may set ``works_on_shards`` are those whose
+    :meth:`move` is element by element, and those with :meth:`moves` of their own.
     """
 
     context = 1
     max_horizon = 1
     parts: ClassVar[tuple[str, ...]]
+    parts_without_rows: ClassVar[tuple[str, ...]] = ()
+    """Those that are about a parameter as a whole: the same on every rank."""
 
     def __init__(self) -> None:
         self._anchor: dict[str, Tensor] = {}
@@ -51,26 +55,54 @@ class DisplacementNowcaster(Nowcaster):
 
     @torch.no_grad()
     def nowcast(
-        self, graph: NeuralGraph | None, states: Sequence[Mapping[str, Tensor]], horizon: int = 1
+        self,
+        graph: NeuralGraph | None,
+        states: Sequence[Mapping[str, Tensor]],
+        horizon: int = 1,
+        *,
+        shards: Shards | None = None,
     ) -> dict[str, Tensor]:
         """See :meth:`Nowcaster.nowcast`; ``graph`` is not read.  Changes the memory."""
-        check_states(self, states, horizon)
+        check_states(self, states, horizon, shards)
         state = states[0]
-        if not self._remembers(state):
-            self.settle(state)
+        if not self._all_remember(state, shards):
+            self._settle(state, afresh=True)
             return {name: tensor.detach().clone() for name, tensor in state.items()}
+
+        def displacement(name: str) -> Tensor:
+            return state[name].detach().to(self._anchor[name]) - self._anchor[name]
+
         result = {}
-        for name, tensor in state.items():
-            anchor = self._anchor[name]
-            displacement = tensor.detach().to(anchor) - anchor
-            anchor.add_(self.move(displacement, {part: kept[name] for part, kept in self._kept.items()}))
-            result[name] = anchor.to(tensor.device, tensor.dtype, copy=True)
-        return result
+        for name, move in self.moves(state, displacement, shards):
+            self._anchor[name].add_(move)
+            result[name] = self._anchor[name].to(state[name].device, state[name].dtype, copy=True)
+        return {name: result[name] for name in state}
+
+    def moves(
+        self, names: Iterable[str], displacement: Callable[[str], Tensor], shards: Shards | None
+    ) -> Iterator[tuple[str, Tensor]]:
+        """(name, move) of every parameter, in any order; here :meth:`move`, one after another.
+
+        Args:
+            displacement: computes that of a parameter, float32 and new every time.
+            shards: the rows of every rank, where displacements and all that is kept are rows.
+        """
+        for name in names:
+            yield name, self.move(displacement(name), self.kept(name))
+
+    def kept(self, name: str) -> dict[str, Tensor]:
+        """The parts that are kept of a parameter; what they hold may be changed in place."""
+        return {part: kept[name] for part, kept in self._kept.items()}
 
     @torch.no_grad()
-    def settle(self, state: Mapping[str, Tensor]) -> None:
-        """Make the state the anchor; all else stays, unless the parameters are others than before."""
-        if not self._remembers(state):
+    def settle(self, state: Mapping[str, Tensor], *, shards: Shards | None = None) -> None:
+        """Make the state the anchor; all else stays, unless the parameters are others than before (on any rank)."""
+        if shards is not None:
+            check_rows(shards, state)
+        self._settle(state, afresh=not self._all_remember(state, shards))
+
+    def _settle(self, state: Mapping[str, Tensor], afresh: bool) -> None:
+        if afresh:
             self._anchor, self._kept = {}, {part: {} for part in self.parts}
             for name, tensor in state.items():
                 for part, first in self.begin(tensor.detach().to(torch.float32)).items():
@@ -120,6 +152,20 @@ class DisplacementNowcaster(Nowcaster):
             part: {name: tensor.to(first[name][part].dtype, copy=True) for name, tensor in kept.items()}
             for part, kept in found.items()
         }
+
+    def memory_rows(self, key: str) -> str | None:
+        part, _, name = key.partition(".")
+        return None if part in self.parts_without_rows else name
+
+    def _all_remember(self, state: Mapping[str, Tensor], shards: Shards | None) -> bool:
+        """Whether the memory is about exactly these parameters, on all ranks: what they do next, they do together."""
+        remembers = self._remembers(state)
+        if shards is None:
+            return remembers
+        device = next((tensor.device for tensor in state.values()), None)
+        forgetful = torch.tensor(float(not remembers), device=device)
+        shards.ranks.sum_([forgetful])
+        return not bool(forgetful)
 
     def _remembers(self, state: Mapping[str, Tensor]) -> bool:
         """Whether the memory is about exactly these parameters."""

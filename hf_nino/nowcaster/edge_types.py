@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 import torch
 from torch import Tensor
 
-from ..graph import EdgeType, NeuralGraph
+from ..graph import EdgeBlock, EdgeType
 
 # Endings of module names, by what the module does; the names in use among the models of transformers.
 _QUERY = ("q_proj", "query", "q_lin", "to_q")
@@ -17,7 +19,7 @@ _POSITIONS = ("wpe", "embed_positions", "position_embeddings", "positions_embed"
 
 
 def edge_types_of(name: str, shape: tuple[int, ...]) -> Tensor:
-    """Edge type of every element, from a parameter's name and shape: int8, of that shape.
+    """Edge type of every element, from a parameter's name and shape: int8, of that shape; not to be written to.
 
     The rule of the original release, with the names of more architectures: weights of one dimension are norms, of four
     dimensions convolutions, of two dimensions linear unless the name says token or position embedding, query, key or
@@ -26,22 +28,19 @@ def edge_types_of(name: str, shape: tuple[int, ...]) -> Tensor:
     """
     module, _, leaf = name.rpartition(".")
     module = module.rpartition(".")[2]
-    types = torch.empty(shape, dtype=torch.int8)
+    kinds = torch.tensor(_edge_type(module, leaf, len(shape)), dtype=torch.int8)
     if leaf == "weight" and module in _FUSED and len(shape) == 2 and max(shape) == 3 * min(shape):
-        axis = int(shape[1] > shape[0])
-        parts = types.tensor_split(3, dim=axis)
-        for part, kind in zip(parts, (EdgeType.QUERY, EdgeType.KEY, EdgeType.VALUE), strict=True):
-            part.fill_(kind)
-        return types
-    return types.fill_(_edge_type(module, leaf, len(shape)))
+        kinds = torch.tensor([EdgeType.QUERY, EdgeType.KEY, EdgeType.VALUE], dtype=torch.int8)
+        kinds = kinds.repeat_interleave(min(shape))
+        kinds = kinds if shape[1] > shape[0] else kinds[:, None]
+    return kinds.expand(shape)
 
 
-def edge_types_of_blocks(graph: NeuralGraph, name: str) -> Tensor:
-    """Edge type of every element of a parameter, from its blocks: int8, of the parameter's shape."""
-    types = torch.zeros(graph.shapes[name], dtype=torch.int8)
-    for block in graph.trainable_blocks:
-        if block.parameter == name:
-            block.write(types, torch.full(block.shape, int(block.edge_type), dtype=torch.int8))
+def edge_types_of_blocks(blocks: Iterable[EdgeBlock], shape: tuple[int, ...]) -> Tensor:
+    """Edge type of every element of a parameter, or of rows of it, from the blocks of these: int8, of that shape."""
+    types = torch.zeros(shape, dtype=torch.int8)
+    for block in blocks:
+        block.write(types, torch.full(block.shape, int(block.edge_type), dtype=torch.int8))
     return types
 
 

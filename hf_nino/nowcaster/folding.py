@@ -17,6 +17,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import linear
 
+from .conditions import Conditions
+
 if TYPE_CHECKING:
     from .modeling import NiNoModel
 
@@ -49,7 +51,16 @@ class Decoder:
     hidden_bias: Tensor  # [H]
     rows: Tensor  # [F, K or 1, H]
     rows_bias: Tensor  # [F, K or 1]
-    all_horizons: bool
+
+
+@dataclass(frozen=True)
+class ConditionedDecoder:
+    """The same for several horizons, or samples, that it is told different things of."""
+
+    hidden: Tensor  # [H, H]
+    biases: Tensor  # [S or 1, K, H]
+    rows: Tensor  # [S or 1, K, F, H]
+    rows_bias: Tensor  # [S or 1, K, F]
 
 
 @dataclass(frozen=True)
@@ -57,17 +68,20 @@ class Folded:
     """A whole network for one horizon; differentiable in the network's weights, and worth sharing between graphs."""
 
     layers: tuple[Layer, ...]
-    decoder: Decoder
+    decoder: Decoder | ConditionedDecoder
+    node_bias: Tensor | None  # [S or 1, 1, H]
 
 
-def fold(network: NiNoModel, horizon: int | None) -> Folded:
+def fold(network: NiNoModel, horizon: float | None, conditions: Conditions | None = None) -> Folded:
     """Everything that the engine needs of a network's weights, on their device and in their dtype.
 
     Args:
         horizon: 1 .. ``network.max_horizon``, or ``None`` for all of them.
+        conditions: see :meth:`NiNoModel.conditions`; ``None``: those of ``horizon``.
     """
+    conditions = conditions or network.conditions(horizon)
     layers = tuple(fold_layer(network, depth) for depth in range(len(network.convolutions)))
-    return Folded(layers, fold_decoder(network, horizon))
+    return Folded(layers, fold_decoder(network, horizon, conditions), network.node_bias(conditions))
 
 
 def fold_layer(network: NiNoModel, depth: int) -> Layer:
@@ -100,18 +114,22 @@ def fold_layer(network: NiNoModel, depth: int) -> Layer:
     return Layer(**{name: tensor.to(network.edge_in.weight) for name, tensor in folded.items()})
 
 
-def fold_decoder(network: NiNoModel, horizon: int | None) -> Decoder:
-    """The decoder for one horizon, or for all, with the output map of the last edge update multiplied in."""
+def fold_decoder(
+    network: NiNoModel, horizon: float | None, conditions: Conditions | None
+) -> Decoder | ConditionedDecoder:
+    """The decoder for one horizon, or for all, with the output map of the last edge update multiplied in, and with
+    what it is told."""
     before, hidden = network.edge_updates[-1].output, network.edge_hidden
     weight, bias = _exact(hidden.weight), _exact(hidden.bias)
-    rows, rows_bias = network.decoder_rows(horizon)
-    return Decoder(
-        hidden=(weight @ _exact(before.weight)).to(hidden.weight),
-        hidden_bias=linear(_exact(before.bias), weight, bias).to(hidden.weight),
-        rows=rows,
-        rows_bias=rows_bias,
-        all_horizons=horizon is None,
-    )
+    product = (weight @ _exact(before.weight)).to(hidden.weight)
+    summed = linear(_exact(before.bias), weight, bias).to(hidden.weight)
+    if conditions is None:
+        return Decoder(product, summed, *network.decoder_rows(horizon))
+    biases, rows, rows_bias = network.conditioned_rows(conditions)
+    biases = summed + biases
+    if biases.shape[:2] == (1, 1):
+        return Decoder(product, biases[0, 0], rows[0].transpose(0, 1), rows_bias[0].t())
+    return ConditionedDecoder(product, biases, rows, rows_bias)
 
 
 def _exact(weight: Tensor) -> Tensor:

@@ -6,76 +6,38 @@ Shape letters: N nodes, E edges, F kernel taps, C snapshots, H hidden width, K h
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING
 from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
 
 from ..graph import EdgeType, NeuralGraph
-from .base import Nowcaster, check_states
+from .base import check_states
 from .blockwise import predict
-from .configuration import ACTIVATIONS, NowcasterConfig
+from .conditions import Conditions, decode_conditioned
+from .configuration import NowcasterConfig
 from .edge_types import edge_types_of, edge_types_of_blocks
 from .engine import Engine
-from .hub import HubNowcaster
 from .message_passing import EdgeUpdate, ModulatedConvolution
-from .scaling import measure_scale, measure_scales
+from .network import NowcasterNetwork
+from .portion import restrict_to_rows
+from .rates import Rates
+from .scaling import Scale, measure_scales
+from .sharded import predict_rows
+from .shards import Rows, Shards
 
 if TYPE_CHECKING:
     from torch_geometric.data import Data
 
-INITIALIZER_RANGE = 0.02
 WNN_TILE = 8192
 """Elements that :class:`WNNModel` works on at a time."""
 
 _positional_encodings: WeakKeyDictionary[NeuralGraph, dict[int, Tensor]] = WeakKeyDictionary()
 
 
-class _NowcasterModel(nn.Module, Nowcaster, HubNowcaster):
-    """What both models share: sizes from the configuration, initial weights, checks of their input."""
-
-    nowcaster_type: ClassVar[str]
-
-    def __init__(self, config: NowcasterConfig) -> None:
-        super().__init__()
-        if config.nowcaster_type != self.nowcaster_type:
-            raise ValueError(
-                f"`config.nowcaster_type` must be {self.nowcaster_type!r} for {type(self).__name__}, "
-                f"got {config.nowcaster_type!r}"
-            )
-        self.config = config
-        self.context = config.context
-        self.period = config.period
-        self.max_horizon = config.max_horizon
-        self.activation = ACTIVATIONS[config.activation]
-
-    def _init_weights(self) -> None:
-        """Normal weights of deviation 0.02 and no biases, as in the original release."""
-        for module in self.modules():
-            if isinstance(module, nn.Linear | nn.Embedding):
-                nn.init.normal_(module.weight, std=INITIALIZER_RANGE)
-            if isinstance(module, nn.Linear):
-                nn.init.zeros_(module.bias)
-
-    def _check_horizon(self, horizon: int | None) -> None:
-        if horizon is not None and (type(horizon) is not int or not 1 <= horizon <= self.max_horizon):
-            raise ValueError(
-                f"`horizon` must be a whole number from 1 to {self.max_horizon}, or None for all, got {horizon}"
-            )
-
-    def _edge_states(self, data: Data) -> Tensor:
-        """``data.edge_attr`` as [E, F, C]."""
-        states = data.edge_attr
-        if states.dim() != 2 or states.shape[1] == 0 or states.shape[1] % self.context:
-            raise ValueError(
-                f"`data.edge_attr` must be [edges, taps * {self.context} snapshots], got {tuple(states.shape)}"
-            )
-        return states.unflatten(1, (-1, self.context))
-
-
 class NiNoModel(
-    _NowcasterModel,
+    NowcasterNetwork,
     library_name="hf_nino",
     license="mit",
     tags=["nino", "nowcasting", "learned-optimizer", "arxiv:2409.04434"],
@@ -110,10 +72,12 @@ class NiNoModel(
         self.convolutions = nn.ModuleList(ModulatedConvolution(hidden) for _ in range(depth))
         self.edge_updates = nn.ModuleList(EdgeUpdate(hidden, self.activation) for _ in range(depth))
         self.edge_hidden = nn.Linear(hidden, hidden)
-        self.edge_out = nn.Linear(hidden, config.max_features * config.max_horizon)
+        rows = 1 if config.horizon_input else config.max_horizon
+        self.edge_out = nn.Linear(hidden, config.max_features * rows)
         self._init_weights()
+        self._add_conditions()
 
-    def forward(self, data: Data, horizon: int | None = None) -> Tensor:
+    def forward(self, data: Data, horizon: float | None = None, *, conditions: Conditions | None = None) -> Tensor:
         """Scaled deltas of an explicit graph.
 
         Args:
@@ -122,14 +86,18 @@ class NiNoModel(
                 nowcasters with a table of token positions, ``token`` int64 [N] (see :func:`token_rows`).  F may be
                 less than ``config.max_features``.
             horizon: 1 .. ``max_horizon`` intervals, or ``None`` for all of them.
+            conditions: of one sample and K horizons, for networks that are told any (:meth:`conditions`); ``None``:
+                those of ``horizon`` and a constant learning rate.
 
         Returns:
-            [E, F], or [E, F, K] for all horizons: what to add to the scaled last state.
+            [E, F], or [E, F, K] for all horizons or given conditions: what to add to the scaled last state.
 
         Raises:
             ValueError: a horizon out of range, or ``data`` without what is needed.
         """
         self._check_horizon(horizon)
+        one = horizon is not None and conditions is None
+        conditions = conditions or self.conditions(horizon)
         states = self._edge_states(data)
         self._check_features(states.shape[1], "`data.edge_attr`")
         edge_index, edge_type = data.edge_index, data.edge_type
@@ -137,25 +105,34 @@ class NiNoModel(
         e = nn.functional.linear(states, self.edge_in.weight[:, : states.shape[1]], self.edge_in.bias)
         e = e + self.edge_type(edge_type)
         x = self.embed_nodes(data.pos.to(states.dtype), getattr(data, "token", None))
+        bias = self.node_bias(conditions)
+        if bias is not None:
+            x = x + bias[0]
         for convolution, update in zip(self.convolutions, self.edge_updates, strict=True):
             x = self.activation(convolution(x, edge_index, e))
             e = update(x, edge_index, e)
-        rows, bias = self.decoder_rows(horizon)
         features = states.shape[1] // self.context
-        rows, bias = rows[:features], bias[:features]
-        hidden = self.activation(self.edge_hidden(e))
-        deltas = nn.functional.linear(hidden, rows.flatten(0, 1), bias.flatten()).unflatten(1, bias.shape)
-        return deltas if horizon is None else deltas[..., 0]
+        if conditions is not None:
+            biases, rows, bias = self.conditioned_rows(conditions)
+            told = biases, rows[:, :, :features], bias[..., :features]
+            deltas = decode_conditioned(self.edge_hidden(e)[None], *told, self.activation)[0]
+        else:
+            rows, bias = (part[:features] for part in self.decoder_rows(horizon))
+            hidden = self.activation(self.edge_hidden(e))
+            deltas = nn.functional.linear(hidden, rows.flatten(0, 1), bias.flatten()).unflatten(1, bias.shape)
+        return deltas[..., 0] if one else deltas
 
     @torch.no_grad()
     def nowcast(
         self,
         graph: NeuralGraph | None,
         states: Sequence[Mapping[str, Tensor]],
-        horizon: int,
+        horizon: float,
         *,
         pos: Tensor | None = None,
         engine: Engine | None = None,
+        shards: Shards | None = None,
+        rates: Rates | None = None,
     ) -> dict[str, Tensor]:
         """See :meth:`Nowcaster.nowcast`; computed on the nowcaster's device, block by block.
 
@@ -163,15 +140,19 @@ class NiNoModel(
             pos: positional encoding [N, positional_size] instead of the graph's own, which is computed once per graph.
             engine: precision, memory and threads of this nowcast; ``None`` for the attribute ``engine``.
         """
-        check_states(self, states, horizon)
-        self._check_graph(graph, states[-1])
+        check_states(self, states, horizon, shards)
+        self._check_graph(graph, states[-1], shards)
+        conditions = self.conditions(horizon, rates)
         if pos is None:
             pos = _positional_encoding(graph, self.config.positional_size)
         token = None if self.token_position is None else token_rows(graph, self.config.token_position_vocabulary)
-        scales = measure_scales(states)
         last = states[-1]
         result = {name: torch.empty_like(last[name], memory_format=torch.contiguous_format) for name in last}
-        predict(self, graph, states, scales, horizon, pos, result, token=token, engine=engine)
+        told = {"token": token, "engine": engine, "conditions": conditions}
+        if shards is None:
+            predict(self, graph, states, measure_scales(states), horizon, pos, result, **told)
+        else:
+            predict_rows(self, graph, states, horizon, pos, result, shards, **told)
         return result
 
     def embed_nodes(self, pos: Tensor, token: Tensor | None) -> Tensor:
@@ -183,16 +164,16 @@ class NiNoModel(
             raise ValueError("this nowcaster has a table of token positions and needs `data.token`, see `token_rows`")
         return x + self.token_position(token)
 
+    def node_bias(self, conditions: Conditions | None) -> Tensor | None:
+        """What past learning rates add to all initial nodes of each sample, [S, 1, H]; ``None``: nothing."""
+        if self.rate_in is None:
+            return None
+        return self.rate_in(conditions.history().to(self.rate_in.weight)).unsqueeze(1)
+
     def update_nodes(self, depth: int, x: Tensor, mean: Tensor) -> Tensor:
         """Nodes [N, H] after layer ``depth``, from the nodes before it and the mean of their messages."""
         convolution = self.convolutions[depth]
         return self.activation(convolution.output(convolution.combine(torch.cat([x, mean], dim=-1))))
-
-    def decoder_rows(self, horizon: int | None) -> tuple[Tensor, Tensor]:
-        """Weights [F, K, H] and biases [F, K] of the last map; K = 1 for a given horizon."""
-        sizes = (self.config.max_features, self.max_horizon)
-        chosen = slice(None) if horizon is None else slice(horizon - 1, horizon)
-        return self.edge_out.weight.unflatten(0, sizes)[:, chosen], self.edge_out.bias.unflatten(0, sizes)[:, chosen]
 
     def _check_features(self, features: int, what: str) -> None:
         if features > self.config.max_features:
@@ -200,17 +181,17 @@ class NiNoModel(
                 f"{what} has {features} kernel taps on an edge, this nowcaster knows {self.config.max_features}"
             )
 
-    def _check_graph(self, graph: NeuralGraph | None, state: Mapping[str, Tensor]) -> None:
+    def _check_graph(self, graph: NeuralGraph | None, state: Mapping[str, Tensor], shards: Shards | None) -> None:
         if graph is None:
             raise ValueError(
                 "`graph` must be the model's NeuralGraph for NiNoModel, got None; see NeuralGraph.from_model"
             )
         self._check_features(graph.max_features, "`graph`")
-        check_graph(graph, state)
+        check_graph(graph, state, shards)
 
 
 class WNNModel(
-    _NowcasterModel,
+    NowcasterNetwork,
     library_name="hf_nino",
     license="mit",
     tags=["nino", "wnn", "nowcasting", "learned-optimizer", "arxiv:2409.04434"],
@@ -231,43 +212,86 @@ class WNNModel(
         self.edge_in = nn.Linear(config.context, hidden)
         self.edge_type = nn.Embedding(config.edge_types, hidden)
         self.hidden = nn.ModuleList(nn.Linear(hidden, hidden) for _ in range(3))
-        self.edge_out = nn.Linear(hidden, config.max_horizon)
+        self.edge_out = nn.Linear(hidden, 1 if config.horizon_input else config.max_horizon)
         self._init_weights()
+        self._add_conditions()
 
-    def forward(self, data: Data, horizon: int | None = None) -> Tensor:
+    def forward(self, data: Data, horizon: float | None = None, *, conditions: Conditions | None = None) -> Tensor:
         """Scaled deltas of an explicit graph; ``edge_index`` and ``pos`` are not read.
 
         Args:
             data: PyG data with ``edge_type`` int64 [E] and ``edge_attr`` [E, F * C], see :meth:`NiNoModel.forward`.
             horizon: 1 .. ``max_horizon`` intervals, or ``None`` for all of them.
+            conditions: see :meth:`NiNoModel.forward`.
 
         Returns:
-            [E, F], or [E, F, K] for all horizons.
+            [E, F], or [E, F, K] for all horizons or given conditions.
 
         Raises:
             ValueError: a horizon out of range or ``edge_attr`` of the wrong shape.
         """
         self._check_horizon(horizon)
-        return self._deltas(self._edge_states(data), data.edge_type[:, None], horizon)
+        states = self._edge_states(data)
+        one = horizon is not None and conditions is None
+        conditions = conditions or self.conditions(horizon)
+        if conditions is None:
+            return self._deltas(states, data.edge_type[:, None], horizon)
+        types = data.edge_type.repeat_interleave(states.shape[1])
+        found = self.conditioned_deltas(states.flatten(0, 1)[None], types, conditions)[0]
+        found = found.unflatten(0, states.shape[:2])
+        return found[..., 0] if one else found
+
+    def conditioned_deltas(self, states: Tensor, types: Tensor, conditions: Conditions) -> Tensor:
+        """Scaled states [S, n, C] and edge types [n] -> deltas [S, n, K]."""
+        x = self.edge_in(states.to(self.edge_in.weight.dtype)) + self.edge_type(types.long())
+        if self.rate_in is not None:
+            x = x + self.rate_in(conditions.history().to(x)).unsqueeze(1)
+        *hidden, last = self.hidden
+        for layer in hidden:
+            x = self.activation(layer(x))
+        return decode_conditioned(last(x), *self.conditioned_rows(conditions), self.activation)[:, :, 0]
 
     @torch.no_grad()
     def nowcast(
-        self, graph: NeuralGraph | None, states: Sequence[Mapping[str, Tensor]], horizon: int
+        self,
+        graph: NeuralGraph | None,
+        states: Sequence[Mapping[str, Tensor]],
+        horizon: float,
+        *,
+        shards: Shards | None = None,
+        rates: Rates | None = None,
     ) -> dict[str, Tensor]:
         """See :meth:`Nowcaster.nowcast`.  Edge types come from the graph, without one from names and shapes."""
-        check_states(self, states, horizon)
+        check_states(self, states, horizon, shards)
         last = states[-1]
         if graph is not None:
-            check_graph(graph, last)
+            check_graph(graph, last, shards)
+        conditions = self.conditions(horizon, rates)
+        scales = measure_scales(states, None if shards is None else shards.ranks)
         result = {}
         for name, tensor in last.items():
-            shape = tuple(tensor.shape)
-            types = edge_types_of(name, shape) if graph is None else edge_types_of_blocks(graph, name)
-            result[name] = self._nowcast_tensor([state[name] for state in states], types.flatten(), horizon)
+            rows = Rows.all(tuple(tensor.shape)) if shards is None else shards.local(name)
+            types = self._edge_types(graph, name, rows).flatten()
+            snapshots = [state[name] for state in states]
+            result[name] = self._nowcast_tensor(snapshots, scales[name], types, horizon, conditions)
         return result
 
-    def _nowcast_tensor(self, snapshots: Sequence[Tensor], types: Tensor, horizon: int) -> Tensor:
-        scale = measure_scale(snapshots)
+    def _edge_types(self, graph: NeuralGraph | None, name: str, rows: Rows) -> Tensor:
+        """Edge types of some rows of a parameter."""
+        if graph is None:
+            return rows.of(edge_types_of(name, rows.shape))
+        blocks = (block for block in graph.trainable_blocks if block.parameter == name)
+        parts = [part for block in blocks for part in restrict_to_rows(block, rows)]
+        return edge_types_of_blocks(parts, rows.local_shape)
+
+    def _nowcast_tensor(
+        self,
+        snapshots: Sequence[Tensor],
+        scale: Scale,
+        types: Tensor,
+        horizon: float,
+        conditions: Conditions | None,
+    ) -> Tensor:
         last = snapshots[-1]
         like = self.edge_in.weight
         result = torch.empty_like(last, memory_format=torch.contiguous_format)
@@ -275,7 +299,11 @@ class WNNModel(
         for first in range(0, last.numel(), WNN_TILE):
             part = slice(first, first + WNN_TILE)
             tile = scale.apply(torch.stack([snapshot[part].to(like) for snapshot in flat], dim=-1))
-            delta = self._deltas(tile, types[part].to(like.device), horizon)
+            kinds = types[part].to(like.device)
+            if conditions is None:
+                delta = self._deltas(tile, kinds, int(horizon))
+            else:
+                delta = self.conditioned_deltas(tile[None], kinds, conditions)[0, :, 0]
             result.view(-1)[part] = scale.undo(tile[:, -1] + delta).to(result)
         return result
 
@@ -313,8 +341,8 @@ def token_rows(graph: NeuralGraph, vocabulary: int) -> Tensor:
     return rows
 
 
-def check_graph(graph: NeuralGraph, state: Mapping[str, Tensor]) -> None:
-    """Raise ``ValueError`` unless the state has the graph's parameters, no others, in its shapes."""
+def check_graph(graph: NeuralGraph, state: Mapping[str, Tensor], shards: Shards | None = None) -> None:
+    """Raise ``ValueError`` unless the state, or its shards, has the graph's parameters, no others, in its shapes."""
     missing = [name for name in graph.parameter_names if name not in state]
     unknown = sorted(state.keys() - set(graph.parameter_names))
     if missing or unknown:
@@ -323,10 +351,11 @@ def check_graph(graph: NeuralGraph, state: Mapping[str, Tensor]) -> None:
             f"missing {missing[:3] or 'none'}, not in the graph {unknown[:3] or 'none'}"
         )
     for name in graph.parameter_names:
-        if tuple(state[name].shape) != tuple(graph.shapes[name]):
+        shape = tuple(state[name].shape if shards is None else shards.local(name).shape)
+        if shape != tuple(graph.shapes[name]):
+            what = "`states`" if shards is None else "`shards`"
             raise ValueError(
-                f"`states` must hold {name!r} in the graph's shape {tuple(graph.shapes[name])}, "
-                f"got {tuple(state[name].shape)}"
+                f"{what} must hold {name!r} in the graph's shape {tuple(graph.shapes[name])}, got {shape}"
             )
 
 

@@ -20,9 +20,9 @@ from .tiles import Grid, Tile
 class Selections:
     """Where the nodes of blocks and constant edges are within their groups; on the device before the first pass."""
 
-    def __init__(self, graph: NeuralGraph, device: torch.device) -> None:
+    def __init__(self, graph: NeuralGraph, blocks: Sequence[EdgeBlock], device: torch.device) -> None:
         self.sizes = [group.size for group in graph.groups]
-        edges = (*graph.trainable_blocks, *graph.constants)
+        edges = (*blocks, *graph.constants)
         parts = {nodes for edge in edges for nodes in (edge.source, edge.target) if not self._is_whole(nodes)}
         self._index = {nodes: nodes.index().to(device) for nodes in parts}
 

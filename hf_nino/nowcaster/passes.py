@@ -12,14 +12,16 @@ from typing import TYPE_CHECKING, TypeVar
 
 import torch
 from torch import Tensor
-from torch.nn.functional import linear
+from torch.nn.functional import linear, pad
 from torch.utils.checkpoint import checkpoint
 
 from ..graph.structure import SELF_LOOP_VALUE, EdgeBlock, EdgeType, NeuralGraph
+from .conditions import Conditions, decode_conditioned
 from .engine import Engine
-from .folding import Folded, Layer, fold
+from .folding import ConditionedDecoder, Folded, Layer, fold
 from .kernels import Workspace, decode, sums_of_features, sums_of_states, update_edges
 from .node_terms import Selections, Update, block_terms
+from .portion import Portion
 from .precision import products
 from .scaling import Scale
 from .streaming import History, Results, States, Strip
@@ -38,7 +40,11 @@ NODES = 1 << 14
 class Passes:
     """One nowcast: :meth:`messages` first, then :meth:`deltas` or :meth:`write` for every block of :meth:`blocks`.
 
-    Arguments as for :func:`hf_nino.nowcaster.blockwise.blockwise_samples`.
+    Arguments as for :func:`hf_nino.nowcaster.blockwise.blockwise_samples`, and:
+
+    Args:
+        portion: what this rank has of the graph, where ranks share the work; ``samples`` then hold what its blocks
+            read.  Without gradients.
     """
 
     def __init__(
@@ -47,11 +53,14 @@ class Passes:
         graph: NeuralGraph,
         samples: Sequence[History],
         scales: Sequence[Mapping[str, Scale]],
-        horizon: int | None,
+        horizon: float | None,
         engine: Engine | None = None,
         folded: Folded | None = None,
+        portion: Portion | None = None,
+        conditions: Conditions | None = None,
     ) -> None:
-        self.network, self.graph = network, graph
+        self.network, self.graph, self.portion = network, graph, portion
+        self.edge_blocks = graph.trainable_blocks if portion is None else portion.blocks
         self.engine = engine or network.engine
         self.device, self.dtype = network.edge_in.weight.device, network.edge_in.weight.dtype
         self.rounded = self.engine.rounds(self.device, self.dtype)
@@ -59,11 +68,11 @@ class Passes:
         self.hidden_size, self.num_samples = network.config.hidden_size, len(samples)
         self.edges = max(self.engine.tile_edges(self.device, self.dtype, self.hidden_size) // len(samples), 1)
         self.states = States(samples, scales, self.device, self.dtype)
-        self.selections = Selections(graph, self.device)
+        self.selections = Selections(graph, self.edge_blocks, self.device)
         self.in_degree = graph.in_degree.to(self.device, self.dtype)[:, None]
         self.workspace = None if self.differentiable else Workspace(self.device, self.dtype)
         with self._exactly():
-            self.folded = folded or fold(network, horizon)
+            self.folded = folded or fold(network, horizon, conditions)
         self.updates: list[Update] = []
 
     def messages(self, pos: Tensor, token: Tensor | None) -> None:
@@ -71,14 +80,16 @@ class Passes:
         with self._exactly():
             pos = pos.to(self.device, self.dtype)
             x = self.network.embed_nodes(pos, None if token is None else token.to(self.device))
+            if self.folded.node_bias is not None:
+                x = x + self.folded.node_bias
             x = x.expand(self.num_samples, *x.shape[-2:])
             for depth, layer in enumerate(self.folded.layers):
                 x = self._next_nodes(depth, layer, x)
                 self.updates.append(Update(layer, x, self.selections.split(x)))
 
     def blocks(self) -> Iterator[tuple[EdgeBlock, Strips]]:
-        """Every trainable block with its strips, which must be taken before the next block is."""
-        blocks = self.graph.trainable_blocks
+        """Every block with its strips, which must be taken before the next block is."""
+        blocks = self.edge_blocks
         for number, strips in groupby(
             self.states.stream((block, self._grid(block)) for block in blocks), key=lambda item: item[0].number
         ):
@@ -123,15 +134,21 @@ class Passes:
     def _message_sums(self, layer: Layer, x: Tensor) -> Tensor:
         """Sum of the messages to every node, self loops and constant edges included, [S, N, H]."""
         select, groups = self.selections.of, self.selections.split(x)
-        everyone = [*(update.x for update in self.updates), x]
+        nodes = slice(None) if self.portion is None else self.portion.nodes(x.shape[1])
+        everyone = [each[:, nodes] for each in (*(update.x for update in self.updates), x)]
         loops = self._constant(layer, everyone, everyone, EdgeType.SELF_LOOP, SELF_LOOP_VALUE)
+        if self.portion is not None:
+            loops = pad(loops, (0, 0, nodes.start, x.shape[1] - nodes.stop))
         totals = list(self.selections.split(loops))
         for block, strips in self.blocks():
             self.selections.add(totals, block.target, self._received(layer, groups, block, strips))
-        for edge in self.graph.constants:
+        for edge in self.graph.constants if self.portion is None else self.portion.constants(self.graph):
             ends = [[select(nodes, end) for nodes in self._node_states(groups)] for end in (edge.source, edge.target)]
             self.selections.add(totals, edge.target, self._constant(layer, *ends, edge.edge_type, edge.value))
-        return torch.cat(totals, dim=1)
+        sums = torch.cat(totals, dim=1)
+        if self.portion is not None:
+            self.portion.ranks.sum_([sums])
+        return sums
 
     def _received(self, layer: Layer, groups: Sequence[Tensor], block: EdgeBlock, strips: Strips) -> Tensor:
         """Sum of a block's messages to its targets, [S, I, H]."""
@@ -216,10 +233,17 @@ class Passes:
         cut, activation, decoder = self._grid(block), self.network.activation, self.folded.decoder
         terms = block_terms(self.selections, self.updates, block, cut, self._width(block))
         taps = block.shape[2]
-        rows, rows_bias = decoder.rows[:taps], decoder.rows_bias[:taps]
+        if isinstance(decoder, ConditionedDecoder):
+            told = decoder.biases, decoder.rows[:, :, :taps], decoder.rows_bias[..., :taps]
+        else:
+            rows, rows_bias = decoder.rows[:taps], decoder.rows_bias[:taps]
 
         def deltas(tile: Tile, scaled: Tensor) -> Tensor:
             u = update_edges(scaled.flatten(1, 2), *terms.of(tile), activation, self.workspace, self.rounded)
+            if isinstance(decoder, ConditionedDecoder):
+                with products(self.rounded):
+                    inside = linear(u.flatten(1, 2), decoder.hidden)
+                return decode_conditioned(inside, *told, activation).unflatten(1, u.shape[1:3])
             weights = decoder.hidden, decoder.hidden_bias, rows, rows_bias
             return decode(u, *weights, activation, self.workspace, len(terms.weights) % 2, self.rounded)
 

@@ -12,6 +12,7 @@ from torch import Tensor
 from ..graph import NeuralGraph
 from .base import Nowcaster, check_states
 from .displacements import DisplacementNowcaster
+from .shards import Shards
 
 
 class LinearNowcaster(Nowcaster):
@@ -36,6 +37,8 @@ class LinearNowcaster(Nowcaster):
         ValueError: an argument out of range.
     """
 
+    works_on_shards = True
+
     def __init__(
         self,
         context: int = 5,
@@ -58,10 +61,15 @@ class LinearNowcaster(Nowcaster):
 
     @torch.no_grad()
     def nowcast(
-        self, graph: NeuralGraph | None, states: Sequence[Mapping[str, Tensor]], horizon: int
+        self,
+        graph: NeuralGraph | None,
+        states: Sequence[Mapping[str, Tensor]],
+        horizon: int,
+        *,
+        shards: Shards | None = None,
     ) -> dict[str, Tensor]:
-        """See :meth:`Nowcaster.nowcast`; ``graph`` is not read."""
-        check_states(self, states, horizon)
+        """See :meth:`Nowcaster.nowcast`; ``graph`` is not read, and ranks have nothing to say to each other."""
+        check_states(self, states, horizon, shards)
         moves = self.factor * min(horizon, self.max_intervals) / (self.context - 1)
         first, last = states[0], states[-1]
         result = {}
@@ -104,6 +112,7 @@ class MomentumNowcaster(DisplacementNowcaster):
     """
 
     parts: ClassVar[tuple[str, ...]] = ("buffer",)
+    works_on_shards = True
 
     def __init__(self, momentum: float = 0.5, factor: float = 1.0, nesterov: bool = True, period: int = 50) -> None:
         super().__init__()

@@ -8,6 +8,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from .shards import Ranks
+
 EPSILON = 1e-6
 PIECE = 1 << 20
 """Elements that moments are computed of at a time."""
@@ -39,11 +41,14 @@ def measure_scale(snapshots: Sequence[Tensor]) -> Scale:
     return measure_scales([{"": snapshot} for snapshot in snapshots])[""]
 
 
-def measure_scales(states: Sequence[Mapping[str, Tensor]]) -> dict[str, Scale]:
+def measure_scales(states: Sequence[Mapping[str, Tensor]], ranks: Ranks | None = None) -> dict[str, Scale]:
     """The :class:`Scale` of every parameter, from the same snapshots of all.
 
     float32 moments of pieces of a million elements, joined in float64 (Chan et al., 1979): no copy of a parameter is
     made, and the host waits once for each device that holds snapshots.
+
+    Args:
+        ranks: those that hold the other rows of the same parameters; scales are of all rows, the same on every rank.
     """
     sizes: dict[str, list[int]] = {name: [] for name in states[0]}
     moments: dict[torch.device, list[Tensor]] = {}
@@ -58,7 +63,33 @@ def measure_scales(states: Sequence[Mapping[str, Tensor]]) -> dict[str, Scale]:
                 sizes[name].append(piece.numel())
                 queue.append(torch.stack(torch.var_mean(piece.float(), correction=0)))
     known = {device: torch.stack(queue).cpu().double() for device, queue in moments.items()}
-    return {name: _join(sizes[name], [known[device][number] for device, number in places[name]]) for name in sizes}
+    found = {name: [known[device][number] for device, number in places[name]] for name in sizes}
+    if ranks is None:
+        return {name: _join(sizes[name], found[name]) for name in sizes}
+    return _join_over_ranks(sizes, found, ranks)
+
+
+def _join_over_ranks(
+    sizes: Mapping[str, Sequence[int]], moments: Mapping[str, Sequence[Tensor]], ranks: Ranks
+) -> dict[str, Scale]:
+    """:func:`_join` of the pieces that all ranks have, for all parameters together.
+
+    First the means, then the squares about them: sums of squares about 0 would lose the spread of a parameter that is
+    small against its mean.
+    """
+    names = sorted(sizes)
+    weights = [torch.tensor(sizes[name], dtype=torch.float64) for name in names]
+    pieces = [torch.stack([*moments[name]]) if moments[name] else torch.empty(0, 2).double() for name in names]
+    sums = torch.stack(
+        [torch.stack([w.sum(), (w * piece[:, 1]).sum()]) for w, piece in zip(weights, pieces, strict=True)]
+    )
+    ranks.sum_([sums])
+    totals, means = sums[:, 0], sums[:, 1] / sums[:, 0].clamp(min=1)
+    about = zip(weights, pieces, means, strict=True)
+    spreads = torch.stack([(w * (piece[:, 0] + (piece[:, 1] - mean).square())).sum() for w, piece, mean in about])
+    ranks.sum_([spreads])
+    deviations = (spreads / (totals - 1).clamp(min=1)).sqrt()
+    return {name: Scale(float(mean), float(std)) for name, mean, std in zip(names, means, deviations, strict=True)}
 
 
 def _join(sizes: Sequence[int], moments: Sequence[Tensor]) -> Scale:

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import ClassVar
 
 import torch
 from torch import Tensor
 
 from .displacements import DisplacementNowcaster
+from .owners import from_owners, rounds, to_owners
 from .rules import check_number, check_whole
+from .shards import Shards
 
 # Coefficients of x <- a x + b xx'x + c (xx')^2 x.  Five steps of Muon's (Jordan et al., 2024) take every singular
 # value that is not tiny from (0, 1] to 0.7 .. 1.2; two of Newton and Schulz take it from there to within 3% of 1.
@@ -39,6 +41,9 @@ class SpectralNowcaster(DisplacementNowcaster):
 
     Anchor and buffer are float32, ``m`` is bfloat16: 10 bytes per parameter.
 
+    On shards, cosines are sums over ranks, and every matrix has a rank that whitens it, so that each does its share of
+    the work (as Muon does, distributed): buffers travel there and directions back, one matrix per rank at a time.
+
     Args:
         momentum: 0 .. below 1.
         period: optimizer steps between nowcasts.
@@ -53,6 +58,8 @@ class SpectralNowcaster(DisplacementNowcaster):
     """
 
     parts: ClassVar[tuple[str, ...]] = ("buffer", "direction", "gain")
+    parts_without_rows: ClassVar[tuple[str, ...]] = ("gain",)
+    works_on_shards = True
     min_gain: ClassVar[float] = 1 / 20
 
     def __init__(
@@ -95,21 +102,78 @@ class SpectralNowcaster(DisplacementNowcaster):
         return torch.Size() if part == "gain" else anchor.shape
 
     def move(self, displacement: Tensor, kept: Mapping[str, Tensor]) -> Tensor:
-        buffer, direction, gain = kept["buffer"], kept["direction"], kept["gain"]
+        self._learn(kept["gain"], cosine(displacement, kept["direction"].to(displacement)))
+        buffer = kept["buffer"].lerp_(displacement, 1 - self.momentum)
+        new = whitened(buffer) if self._whitens(buffer.shape) else buffer
+        return self._step(displacement, new, kept)
+
+    def moves(
+        self, names: Iterable[str], displacement: Callable[[str], Tensor], shards: Shards | None
+    ) -> Iterator[tuple[str, Tensor]]:
+        if shards is None:
+            yield from super().moves(names, displacement, shards)
+            return
+        names = sorted(names)
+        self._learn_together(names, displacement, shards)
+        shapes = {name: shards.local(name).shape for name in names}
+        matrices = {name: _cost(shape) for name, shape in shapes.items() if self._whitens(shape)}
+        for name in names:
+            if name not in matrices:
+                kept, moved = self.kept(name), displacement(name)
+                yield name, self._step(moved, kept["buffer"].lerp_(moved, 1 - self.momentum), kept)
+        for together in rounds(matrices, shards.ranks.size):
+            moved = {name: displacement(name) for name in together}
+            buffers = {name: self.kept(name)["buffer"].lerp_(moved[name], 1 - self.momentum) for name in together}
+            mine = to_owners(shards, together, buffers, torch.float32)
+            new = None if mine is None else whitened(mine)
+            directions = from_owners(shards, together, new, buffers, torch.float32)
+            for name in together:
+                yield name, self._step(moved[name], directions[name], self.kept(name))
+
+    def _whitens(self, shape: tuple[int, ...]) -> bool:
+        """Whether a parameter of this shape is whitened."""
+        return self.whiten and len(shape) > 1 and 0 not in shape
+
+    def _learn(self, gain: Tensor, agreement: Tensor) -> None:
+        """Feedback on a gain, in place."""
         # Nothing can be said before the first jump, nor for a tensor that does not move: its gain stays.
-        agreement = cosine(displacement, direction.to(displacement))
         factor = torch.exp(self.rate * (agreement - self.target))
         gain.mul_(torch.where(agreement.isnan(), 1.0, factor)).clamp_(self.min_gain, self.max_gain)
-        buffer.lerp_(displacement, 1 - self.momentum)
-        new = whitened(buffer) if self.whiten and buffer.ndim > 1 else buffer
-        direction.copy_(new)
-        return displacement.addcmul_(gain, new)
+
+    def _learn_together(self, names: Sequence[str], displacement: Callable[[str], Tensor], shards: Shards) -> None:
+        """Feedback on all gains, from the cosines of whole tensors."""
+        if not names:
+            return
+        gains = {name: self.kept(name)["gain"] for name in names}
+        device = gains[names[0]].device
+        sums = []
+        for name in names:
+            moved = displacement(name)
+            direction = self.kept(name)["direction"].to(moved)
+            sums.append(torch.stack([(moved * direction).sum(), moved.square().sum(), direction.square().sum()]))
+        totals = torch.stack([each.to(device) for each in sums])
+        shards.ranks.sum_([totals])
+        products, lengths, last = totals.unbind(1)
+        agreements = products / (lengths.sqrt() * last.sqrt())
+        for gain, agreement in zip(gains.values(), agreements, strict=True):
+            self._learn(gain, agreement.to(gain.device))
+
+    def _step(self, displacement: Tensor, new: Tensor, kept: Mapping[str, Tensor]) -> Tensor:
+        """The move along a new direction, which is kept; overwrites the displacement."""
+        kept["direction"].copy_(new)
+        return displacement.addcmul_(kept["gain"], new.to(displacement.device))
 
     def __repr__(self) -> str:
         return (
             f"SpectralNowcaster(momentum={self.momentum}, period={self.period}, gain={self.gain}, rate={self.rate}, "
             f"target={self.target}, max_gain={self.max_gain}, whiten={self.whiten})"
         )
+
+
+def _cost(shape: tuple[int, ...]) -> int:
+    """Of whitening, up to a constant."""
+    across = math.prod(shape[1:])
+    return shape[0] * across * min(shape[0], across)
 
 
 def cosine(a: Tensor, b: Tensor) -> Tensor:

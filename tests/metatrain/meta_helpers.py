@@ -35,10 +35,11 @@ def settings(**values):
     return MetaSettings(**(usual | values))
 
 
-def write_run(folder, motion, snapshots=12, interval=1, task=TASK, named=None, **more):
+def write_run(folder, motion, snapshots=12, interval=1, task=TASK, named=None, rate_sums=None, **more):
     """A run whose parameter ``name`` at snapshot t is ``motion(name, shape, t)``.
 
     Args:
+        rate_sums: of the learning rates before each snapshot; default: they are constant.
         named: what the task is called, instead of its own name.
     """
     torch.manual_seed(0)
@@ -52,7 +53,8 @@ def write_run(folder, motion, snapshots=12, interval=1, task=TASK, named=None, *
     writer = TrajectoryWriter(folder, description)
     for t in range(snapshots):
         state = {name: motion(name, shape, t) for name, shape in shapes.items()}
-        writer.add(interval * t, state, learning_rate=1e-3, learning_rate_sum=1e-3 * interval * t)
+        total = 1e-3 * interval * t if rate_sums is None else rate_sums[t]
+        writer.add(interval * t, state, learning_rate=1e-3, learning_rate_sum=total)
     writer.close()
     return Trajectory(folder)
 
