@@ -35,9 +35,13 @@ def load_nowcaster(spec: str | Path | Mapping[str, Any] | Nowcaster, **kwargs: A
             * an existing directory with config.json and model.safetensors;
             * a ``.pt`` file of the original release;
             * a bundled nowcaster's name, without a slash;
-            * a repository on the Hub, ``"org/name"``.
+            * a repository on the Hub, ``"org/name"``, or a revision of it, ``"org/name@revision"``.
         **kwargs: arguments of the rule, or ``revision``, ``token``, ``cache_dir``, ``force_download``,
             ``local_files_only`` and ``map_location`` for directories and repositories.
+
+    Returns:
+        The nowcaster; ``source`` of one with weights says where it is from, and which commit it is
+        (:class:`~hf_nino.nowcaster.source.NowcasterSource`).
 
     Raises:
         ValueError: malformed settings, configuration or weights.

@@ -5,29 +5,43 @@ from __future__ import annotations
 import json
 import os
 import re
+import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
-from huggingface_hub import PyTorchModelHubMixin, hf_hub_download
-from huggingface_hub.errors import (
-    EntryNotFoundError,
-    HfHubHTTPError,
-    HFValidationError,
-    LocalEntryNotFoundError,
-    RepositoryNotFoundError,
-    RevisionNotFoundError,
+from huggingface_hub import (
+    HfApi,
+    ModelCard,
+    PyTorchModelHubMixin,
+    get_hf_file_metadata,
+    hf_hub_download,
+    hf_hub_url,
+    try_to_load_from_cache,
 )
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
+from transformers.utils import logging
 from typing_extensions import Self
 
+from .card import nowcaster_card
 from .configuration import NowcasterConfig
+from .hub_errors import hub_error
+from .source import NowcasterSource, split_revision
+
+logger = logging.get_logger(__name__)
 
 CONFIG_NAME = "config.json"
 WEIGHTS_NAME = "model.safetensors"
 BUNDLED = Path(__file__).parent / "bundled"
+
+MAX_WEIGHTS = 2**28
+"""A nowcaster with more weights (1 GiB in float32) is refused: the largest of the original release has 7 million."""
+
+CONFIG_BYTES = 2**20
+"""Largest config.json; the header of the weights may take as much."""
 
 _COMMIT = re.compile(r"[0-9a-f]{40}")
 _HINT = f"a nowcaster is {CONFIG_NAME} and {WEIGHTS_NAME}, pickle files are never read"
@@ -44,11 +58,13 @@ class NowcasterFolder:
     """Where the files of a nowcaster are.
 
     Args:
-        name: a local directory, the name of a bundled nowcaster (no slash), or a Hub repository ``"org/name"``.
+        name: a local directory, the name of a bundled nowcaster (no slash), or a Hub repository ``"org/name"``, with
+            its revision if need be: ``"org/name@v1"``.
         revision, token, cache_dir, force_download, local_files_only: for the Hub, as in ``hf_hub_download``.
 
     Raises:
         FileNotFoundError: neither an existing directory, a bundled name nor something that could be a repository.
+        ValueError: an impossible revision, or two different ones.
     """
 
     name: str
@@ -70,18 +86,25 @@ class NowcasterFolder:
             )
         elif self.name in bundled_nowcasters():
             self.directory = BUNDLED / self.name
-        elif not re.fullmatch(r"[\w.-]+/[\w.-]+", self.name) or self.name.startswith("."):
-            raise FileNotFoundError(
-                f"no nowcaster {self.name!r}: there is no such directory, and it is not a repository of the form "
-                f"'org/name'; bundled nowcasters are {bundled_nowcasters() or 'none'}"
-            )
+        else:
+            self.name, self.revision = split_revision(self.name, self.revision)
+            if not re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", self.name):
+                raise FileNotFoundError(
+                    f"no nowcaster {self.name!r}: there is no such directory, and it is not a repository of the form "
+                    f"'org/name'; bundled nowcasters are {bundled_nowcasters() or 'none'}"
+                )
+        self.source = NowcasterSource(self.name, None if self.directory else self.revision)
 
-    def file(self, filename: str) -> Path:
+    def file(self, filename: str, most: int | None = None) -> Path:
         """The local path of one of its files, downloaded if need be.
+
+        Args:
+            most: bytes that it may have.
 
         Raises:
             FileNotFoundError: the file, the repository or the revision does not exist.
-            OSError: the Hub could not be reached or refused.
+            OSError: the Hub could not be reached or refused (``PermissionError``).
+            ValueError: a file of more than ``most`` bytes; it is not downloaded if the Hub says so before.
         """
         if self.directory is not None:
             path = self.directory / filename
@@ -89,7 +112,13 @@ class NowcasterFolder:
                 raise FileNotFoundError(
                     f"nowcaster {self.name!r} must have a file {filename}, found {self._listing()}; {_HINT}"
                 )
-            return path
+        else:
+            self._check_size(filename, self._size_on_hub(filename), most)
+            path = self._download(filename)
+        self._check_size(filename, path.stat().st_size, most)
+        return path
+
+    def _download(self, filename: str) -> Path:
         where = f"repository {self.name!r}" + (f" at revision {self.revision!r}" if self.revision else "")
         try:
             path = hf_hub_download(
@@ -101,26 +130,41 @@ class NowcasterFolder:
                 token=self.token,
                 local_files_only=self.local_files_only,
             )
-        except RepositoryNotFoundError as error:
-            raise FileNotFoundError(
-                f"the Hub has no {where}, or it is private or gated and needs a `token`"
-            ) from error
-        except RevisionNotFoundError as error:
-            raise FileNotFoundError(f"the Hub has no {where}: the revision does not exist") from error
-        except LocalEntryNotFoundError as error:
-            raise OSError(
-                f"{filename} of {where} is not in the local cache and could not be downloaded: {error}"
-            ) from error
-        except EntryNotFoundError as error:
-            raise FileNotFoundError(f"{where} has no file {filename}; {_HINT}") from error
-        except HFValidationError as error:
-            raise ValueError(f"{self.name!r} is not the name of a repository: {error}") from error
-        except (HfHubHTTPError, OSError) as error:
-            raise OSError(f"could not download {filename} of {where}: {error}") from error
+        except Exception as error:  # the client lets those of its HTTP library through, which have no class in common
+            missing = f"{where} has no file {filename}; {_HINT}"
+            raise hub_error(error, f"{filename} of {where}", where, missing=missing) from error
         # All further files come from the same commit, also when the branch moves in between.
-        if _COMMIT.fullmatch(Path(path).parent.name):
-            self.revision = Path(path).parent.name
+        commit = Path(path).parent.name
+        if _COMMIT.fullmatch(commit):
+            if self.source.commit is None:
+                self.source = NowcasterSource(self.name, self.revision, commit)
+                if self.revision != commit:
+                    logger.info(
+                        f"Nowcaster {self.name}: {self.revision or 'the default branch'} is commit {commit} now; "
+                        f"'{self.source}' is the same again."
+                    )
+            self.revision = commit
         return Path(path)
+
+    def _size_on_hub(self, filename: str) -> int | None:
+        """Bytes of a file that is to be downloaded, if the Hub says so."""
+        pinned = self.revision is not None and _COMMIT.fullmatch(self.revision) and not self.force_download
+        if self.local_files_only or (
+            pinned and isinstance(try_to_load_from_cache(self.name, filename, self.cache_dir, self.revision), str)
+        ):
+            return None
+        try:
+            url = hf_hub_url(self.name, filename, revision=self.revision)
+            return get_hf_file_metadata(url, token=self.token).size
+        except Exception:  # the download, which knows the cache too, says what is wrong
+            return None
+
+    def _check_size(self, filename: str, size: int | None, most: int | None) -> None:
+        if size is not None and most is not None and size > most:
+            raise ValueError(
+                f"{filename} of nowcaster {self.name!r} must have at most {most:,} bytes to be what it says it is, "
+                f"it has {size:,}; it is not read"
+            )
 
     def config(self) -> NowcasterConfig:
         """The nowcaster's configuration.
@@ -128,10 +172,10 @@ class NowcasterFolder:
         Raises:
             ValueError: not JSON, or not a configuration that this version can read.
         """
-        path = self.file(CONFIG_NAME)
+        path = self.file(CONFIG_NAME, CONFIG_BYTES)
         try:
             values = json.loads(path.read_text(encoding="utf-8"))
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise ValueError(f"{CONFIG_NAME} of nowcaster {self.name!r} is not valid JSON: {error}") from error
         try:
             return NowcasterConfig.from_dict(values)
@@ -148,10 +192,14 @@ class HubNowcaster(PyTorchModelHubMixin):
 
     Stricter than the mixin of huggingface_hub, which would leave missing tensors random, load without a configuration,
     fall back to pickle, and print.
+
+    Attributes:
+        source: where it was loaded from; ``None`` for a new one.
     """
 
     nowcaster_type: str
     config: NowcasterConfig
+    source: NowcasterSource | None = None
 
     @classmethod
     def from_pretrained(
@@ -168,16 +216,19 @@ class HubNowcaster(PyTorchModelHubMixin):
         """A nowcaster from a local directory, a bundled name (no slash) or a Hub repository, in evaluation mode.
 
         Args:
-            pretrained_model_name_or_path: directory, bundled name, or ``"org/name"``; an existing directory wins.
-            revision: branch, tag or commit of the repository; a commit is the safe choice.
+            pretrained_model_name_or_path: directory, bundled name, ``"org/name"`` or ``"org/name@revision"``; an
+                existing directory wins.
+            revision: branch, tag or commit of the repository; a commit is the safe choice.  ``model.source`` says
+                which commit it was.
             map_location: device of the weights.
             force_download, token, cache_dir, local_files_only: as in ``hf_hub_download``.
 
         Raises:
             FileNotFoundError: no such nowcaster, or config.json or model.safetensors is missing.
             OSError: the Hub could not be reached or refused.
-            ValueError: a malformed configuration or file, another type of nowcaster, or tensors that are missing,
-                unknown, or of another shape than the configuration says.
+            ValueError: a malformed configuration or file, another type of nowcaster, more than :data:`MAX_WEIGHTS`
+                weights, or tensors that are missing, unknown, not finite, or of another shape than the configuration
+                says.
         """
         folder = NowcasterFolder(
             str(pretrained_model_name_or_path),
@@ -198,8 +249,8 @@ class HubNowcaster(PyTorchModelHubMixin):
                 f"{cls.nowcaster_type!r}; `hf_nino.load_nowcaster` picks the right class"
             )
         model = empty_model(cls, config)
-        path = folder.file(WEIGHTS_NAME)
         what = f"{WEIGHTS_NAME} of nowcaster {folder.name!r}"
+        path = folder.file(WEIGHTS_NAME, _most_bytes(model, what))
         try:
             with safe_open(path, framework="pt") as file:
                 headers = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118 (not a mapping)
@@ -211,13 +262,81 @@ class HubNowcaster(PyTorchModelHubMixin):
             tensors = load_file(path, device=str(map_location))
         except SafetensorError as error:
             raise ValueError(f"{what} is not a valid safetensors file: {error}") from error
-        return fill_model(model, tensors, what)
+        model = fill_model(model, tensors, what)
+        model.source = folder.source
+        return model
 
     def _save_pretrained(self, save_directory: Path) -> None:
         config = json.dumps(self.config.to_dict(), indent=2, sort_keys=True)
         (save_directory / CONFIG_NAME).write_text(config + "\n", encoding="utf-8")
         tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in self.state_dict().items()}
         save_file(tensors, save_directory / WEIGHTS_NAME, metadata={"format": "pt"})
+
+    def generate_model_card(self, repo_id: str | None = None, license: str | None = None) -> ModelCard:
+        """The card that is saved and pushed with the nowcaster; see :func:`hf_nino.nowcaster.card.nowcaster_card`.
+
+        Args:
+            repo_id: the repository that it is for.
+            license: instead of the class's own, mit.
+        """
+        data = type(self._hub_mixin_info.model_card_data)(**self._hub_mixin_info.model_card_data.to_dict())
+        data.license = license or data.license
+        weights = sum(parameter.numel() for parameter in self.parameters())
+        return ModelCard(f"---\n{data.to_yaml()}\n---\n\n{nowcaster_card(self.config, repo_id, weights)}")
+
+    def push_to_hub(
+        self,
+        repo_id: str,
+        *,
+        config: Any = None,
+        commit_message: str = "Push a nowcaster",
+        private: bool | None = None,
+        token: str | bool | None = None,
+        branch: str | None = None,
+        model_card_kwargs: Mapping[str, Any] | None = None,
+        **upload: Any,
+    ) -> str:
+        """Push configuration, weights and a new card, as ``PyTorchModelHubMixin.push_to_hub`` does.
+
+        Args:
+            config: not read; the nowcaster has one.
+            model_card_kwargs: of :meth:`generate_model_card`.
+            upload: ``create_pr`` and the patterns of ``HfApi.upload_folder``.
+
+        Returns:
+            The address of the commit.
+
+        Raises:
+            OSError: the Hub could not be reached or refused (``PermissionError``).
+            ValueError: an impossible ``repo_id``.
+        """
+        api = HfApi(token=token)
+        try:
+            # Not the mixin's own: that leaves its temporary folder behind when the Hub refuses.
+            with tempfile.TemporaryDirectory() as temporary:
+                repo_id = api.create_repo(repo_id=repo_id, private=private, exist_ok=True).repo_id
+                self.save_pretrained(temporary, model_card_kwargs={"repo_id": repo_id, **(model_card_kwargs or {})})
+                return api.upload_folder(
+                    repo_id=repo_id,
+                    folder_path=Path(temporary),
+                    commit_message=commit_message,
+                    revision=branch,
+                    **upload,
+                )
+        except Exception as error:
+            where = f"repository {repo_id!r}"
+            raise hub_error(error, f"the nowcaster to {where}", where, verb="push") from error
+
+
+def _most_bytes(model: torch.nn.Module, what: str) -> int:
+    """Bytes that the file of such a model may have."""
+    count = sum(tensor.numel() for tensor in model.state_dict().values())
+    if count > MAX_WEIGHTS:
+        raise ValueError(
+            f"{what}: the tensors that the configuration asks for have {count:,} elements, more than the "
+            f"{MAX_WEIGHTS:,} that a nowcaster may have"
+        )
+    return 8 * count + CONFIG_BYTES
 
 
 def empty_model(cls: type, config: NowcasterConfig) -> torch.nn.Module:
@@ -242,8 +361,9 @@ def check_tensors(shapes: Mapping[str, tuple[int, ...]], model: torch.nn.Module,
 
 def fill_model(model: torch.nn.Module, tensors: Mapping[str, torch.Tensor], what: str) -> torch.nn.Module:
     """The model with these weights, in float32 and evaluation mode."""
-    for name, tensor in tensors.items():
+    tensors = {name: tensor.float() for name, tensor in tensors.items()}
+    for name, tensor in tensors.items():  # in float32, where what was finite may have overflowed
         if not tensor.isfinite().all():
             raise ValueError(f"{what}: {name!r} has values that are not finite")
     model.load_state_dict(tensors, strict=True, assign=True)
-    return model.float().eval()
+    return model.eval()
