@@ -7,6 +7,7 @@ from typing import Any
 
 from transformers import PreTrainedModel
 
+from ..defaults import NOWCASTER
 from .models import ARCHITECTURES, language_model
 
 LEARNING_RATE_SCHEDULES = ("linear", "cosine", "constant_with_warmup")
@@ -31,7 +32,7 @@ class DemoSettings:
     """
 
     arch: str = "gpt2"
-    nowcaster: str = "linear"
+    nowcaster: str = NOWCASTER
     steps: int = 4000
     seed: int = 0
     period: int | None = None

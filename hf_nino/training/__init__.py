@@ -14,8 +14,8 @@ from .history import History
 from .horizon import Horizon, Trust
 from .nowcasting import Nowcasting
 from .optimizer import NiNo
-from .parameters import ParameterStore, make_store
 from .probation import Probation
+from .stores import ParameterStore, make_store
 
 if TYPE_CHECKING:
     from .callback import NiNoCallback

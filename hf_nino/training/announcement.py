@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import copy
-import os
 import time
 from typing import TYPE_CHECKING
 
-import torch
 from transformers.utils import logging
 
 from ..nowcaster.base import Nowcaster
 from .estimate import TOO_MUCH, Estimate, calibrate, estimate, synchronize
+from .ranks import is_first_rank
 
 if TYPE_CHECKING:
     from .nowcasting import Nowcasting
@@ -62,8 +61,7 @@ class Announcement:
                 self._give_up(error)
 
     def _announce(self, nowcasting: Nowcasting, nowcaster: Nowcaster, seconds: float) -> None:
-        live, history = nowcasting.store.live(), nowcasting.history
-        parameters = sum(tensor.numel() for tensor in live.values())
+        history, parameters = nowcasting.history, nowcasting.own_parameters
         settings = {"history_device": history.device, "history_dtype": history.dtype}
         calibration = calibrate(nowcaster, parameters, device=nowcasting.store.device, **settings)
         self.estimate = estimate(
@@ -92,10 +90,3 @@ class Announcement:
     @staticmethod
     def _give_up(error: Exception) -> None:
         logger.info(f"The cost of nowcasts cannot be estimated ({type(error).__name__}: {error}).")
-
-
-def is_first_rank() -> bool:
-    """Whether this process is the one that speaks for all."""
-    if torch.distributed.is_available() and torch.distributed.is_initialized():
-        return torch.distributed.get_rank() == 0
-    return int(os.environ.get("RANK", "0")) == 0

@@ -4,28 +4,40 @@ from __future__ import annotations
 
 import math
 import time
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from transformers.utils import logging
 
+from ..nowcaster import Rates
 from .batch_norm import recompute, with_statistics
 from .event import NowcastEvent
-from .guard import InvalidNowcast, Verdict, judge, tame
+from .guard import InvalidNowcast, Verdict, judge, odd_prediction, tame
+from .ranks import OneVoice
 from .rng import preserved_rng
 from .watching import Watching
 
-logger = logging.get_logger(__name__)
+logger = OneVoice(logging.get_logger(__name__))
+
+# The share of the process group's time-out that a nowcast may take.
+PATIENCE = 0.5
 
 
 class Attempting(Watching):
-    """The part of :class:`~hf_nino.training.nowcasting.Nowcasting` that makes a nowcast and writes it."""
+    """The part of :class:`~hf_nino.training.nowcasting.Nowcasting` that makes a nowcast and writes it.
+
+    Where several ranks train, all of them come here at the same step.  What may fail on one of them alone is caught,
+    and all hear of it (``store.agree``) before anything is said that would need every rank.
+    """
 
     graph: Any
     on_invalid: str
     observe_only: bool
     statistics_batches: Any
+    announcement: Any
+    _longest: float
 
     def _nowcast(self, optimizer: Any, scheduler_stepped: bool) -> NowcastEvent:
         started = time.perf_counter()
@@ -39,7 +51,7 @@ class Attempting(Watching):
             optimizer=optimizer,
             scheduler_stepped=scheduler_stepped,
         )
-        horizon, share = self.trust.reach(min(horizon, self.nowcaster.reach))
+        horizon, share = self.trust.reach(min(self.store.least(horizon), self.nowcaster.reach))
         if horizon < 1:
             seconds = time.perf_counter() - started
             return NowcastEvent(step, 0, 0, seconds, reason="the learning rate that is left allows no interval")
@@ -47,31 +59,30 @@ class Attempting(Watching):
         if watch and self.probation.too_late(step):
             reason = f"the run ends before its probation of {self.probation.patience} steps would"
             return NowcastEvent(step, 0, 0, time.perf_counter() - started, reason=reason)
+        slow = self.store.agree(self._too_slow())
+        if slow:
+            self._say_once(f"Nowcast skipped: {slow}.")
+            return NowcastEvent(step, 0, 0, time.perf_counter() - started, reason=slow)
         memory = self.nowcaster.memory() if watch and self.nowcaster.has_memory else {}
-        error: Exception | None = None
-        writes: dict[str, Tensor] = {}
-        try:
-            states = self.history.states()
-            self._place()
-            with preserved_rng(), torch.no_grad():
-                prediction = self.nowcaster.nowcast(self.graph, states, horizon)
-            verdict = judge(states, prediction, horizon)
-            if verdict.accepted:
-                writes = tame(states[-1], prediction, verdict, share)
-            del prediction, states
-        except Exception as caught:
-            error = caught
-            who = "the history" if isinstance(caught, OSError) else type(self.nowcaster).__name__
-            verdict = Verdict(False, f"{who} failed ({type(caught).__name__}: {caught})")
-        accepted = self.store.agree(verdict.accepted)
-        reason = verdict.reason or ("" if accepted else "another rank refused it")
-        reason = reason or self.probation.refuses(verdict.alignment)
+        rates = None
+        if self.nowcaster.reads_rates:
+            rates = self.outlook.rates(
+                scheduled_step=step + self.skipped_steps,
+                horizon=horizon,
+                interval=self.interval,
+                optimizer=optimizer,
+                scheduler_stepped=scheduler_stepped,
+            )
+        writes, verdict, error = self._predict(horizon, share, rates)
+        self._longest = max(self._longest, time.perf_counter() - started)
+        reason = verdict.reason or self.probation.refuses(verdict.alignment)
         common = {"step": step, "horizon": horizon, "horizon_steps": horizon * self.interval}
         if reason:
             return self._refuse(reason, error, common, started)
         if verdict.remarks:
             logger.info(f"Nowcast at step {step}, {verdict.remarks}.")
         norms = {"step_norm": share * verdict.step_norm, "relative_step_norm": share * verdict.relative_step_norm}
+        norms |= {"shortened": len(verdict.shortened), "left_alone": len(verdict.left_alone)}
         seconds = time.perf_counter() - started
         before = self._measure()
         if self.observe_only:
@@ -96,6 +107,72 @@ class Attempting(Watching):
         self.nowcasts += 1
         self.seconds += seconds
         return NowcastEvent(**common, **norms, seconds=seconds, accepted=True, loss_before=before, loss_after=after)
+
+    # -- predicting -------------------------------------------------------------------------------------------------
+
+    def _predict(
+        self, horizon: int, share: float, rates: Rates | None = None
+    ) -> tuple[dict[str, Tensor], Verdict, Exception | None]:
+        """What is to be written, the verdict on it, and the error of this rank, if it had one."""
+        error: Exception | None = None
+        states: list[dict[str, Tensor]] = []
+        try:
+            states = self.history.states()
+            self._place()
+        except Exception as caught:
+            error = caught
+        failure = self.store.agree(self._failure(error))
+        if failure:
+            return {}, Verdict(False, failure), error
+        prediction: Mapping[str, Tensor] = {}
+        shards = self.store.shards()
+        whole = states if shards is None or self.nowcaster.works_on_shards else self._gathered(states)
+        try:
+            with preserved_rng(), torch.no_grad():
+                # Nowcasters of other people need not know of shards.
+                options = {} if shards is None or whole is not states else {"shards": shards}
+                if rates is not None:
+                    options["rates"] = rates
+                prediction = self.nowcaster.nowcast(self.graph, whole, horizon, **options)
+            odd = odd_prediction(whole[-1], prediction)
+        except Exception as caught:
+            error, odd = caught, self._failure(caught)
+        failure = self.store.agree(odd)
+        if failure:
+            return {}, Verdict(False, failure), error
+        if whole is not states:
+            prediction = {name: shards.local(name).of(tensor) for name, tensor in prediction.items()}
+        verdict = judge(states, prediction, horizon, shards=shards)
+        return (tame(states[-1], prediction, verdict, share) if verdict.accepted else {}), verdict, None
+
+    def _gathered(self, states: Sequence[Mapping[str, Tensor]]) -> list[dict[str, Tensor]]:
+        self._say_once(
+            f"{type(self.nowcaster).__name__} does not work on shards: every rank gathers all snapshots for it, and "
+            "predicts the whole model."
+        )
+        return [self.store.gather(state) for state in states]
+
+    def _failure(self, error: Exception | None) -> str:
+        if error is None:
+            return ""
+        who = "the history" if isinstance(error, OSError) else type(self.nowcaster).__name__
+        return f"{who} failed ({type(error).__name__}: {error})"
+
+    def _too_slow(self) -> str:
+        """Why a nowcast is not begun: other ranks, or the backend's watchdog, would give this one up."""
+        if self.store.ranks is None:
+            return ""
+        estimate = self.announcement.estimate
+        seconds = max(self._longest, 0.0 if estimate is None else estimate.seconds_per_nowcast)
+        timeout = self.store.ranks.timeout
+        if seconds <= PATIENCE * timeout:
+            return ""
+        return (
+            f"it would take {seconds:.3g} s, more than half of the process group's time-out of {timeout:g} s (pass a "
+            "larger `timeout` to init_process_group, `ddp_timeout` to the Trainer), or use a faster nowcaster"
+        )
+
+    # -- the rest ---------------------------------------------------------------------------------------------------
 
     def _observe(self, writes: dict[str, Tensor], before: float | None, found: dict[str, Any]) -> NowcastEvent:
         """Measure the loss of what would have been written; the model is as it was afterwards, bit for bit."""
@@ -135,10 +212,6 @@ class Attempting(Watching):
         device = self.store.device
         if isinstance(self.nowcaster, nn.Module) and any(p.device != device for p in self.nowcaster.parameters()):
             self.nowcaster.to(device)
-
-    def _settle(self) -> None:
-        self.nowcaster.settle(self.store.live())
-        self._settled = True
 
     def _renew_statistics(self) -> None:
         """Recompute the statistics of batch normalization for the parameters that were written."""

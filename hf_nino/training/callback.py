@@ -12,11 +12,14 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from transformers.utils import logging
 
+from ..defaults import NOWCASTER
 from ..nowcaster.base import Nowcaster
+from ..report import RunRecord
 from .event import NowcastEvent
 from .nowcasting import Nowcasting, resolve_nowcaster
+from .ranks import OneVoice
 
-logger = logging.get_logger(__name__)
+logger = OneVoice(logging.get_logger(__name__))
 
 # What the Trainer knows and the callback passes on.
 _FROM_TRAINER = {"nowcaster", "model", "max_steps", "lr_scheduler"}
@@ -58,7 +61,7 @@ class NiNoCallback(TrainerCallback):
 
     def __init__(
         self,
-        nowcaster: str | os.PathLike | Nowcaster = "linear",
+        nowcaster: str | os.PathLike | Nowcaster = NOWCASTER,
         *,
         resume_from: str | os.PathLike | None = None,
         **nowcasting: Any,
@@ -71,6 +74,7 @@ class NiNoCallback(TrainerCallback):
         self.resume_from = resume_from
         self.options = nowcasting
         self.nowcasting: Nowcasting | None = None
+        self.record: RunRecord | None = None
         # A Trainer of ours logs and writes checkpoints itself: it can do so at the right moment.
         self.trainer_logs = False
         self.trainer_saves = False
@@ -102,7 +106,12 @@ class NiNoCallback(TrainerCallback):
         if state.global_step > 0:
             self.nowcasting.load(self._checkpoint(args, state))
         self._logged = self.nowcasting.step_count
+        source = getattr(self.nowcaster, "source", None)
+        if source is not None:
+            self._write(args, state, f"NiNo: nowcaster {source}.")
         self._tell(args, state, self.nowcasting.begin(state.global_step, optimizer))
+        self.record = RunRecord(args.output_dir, writes=state.is_world_process_zero)
+        self.record.begin(self.nowcasting)
 
     def on_step_end(
         self,
@@ -114,8 +123,11 @@ class NiNoCallback(TrainerCallback):
     ) -> None:
         if getattr(optimizer, "step_was_skipped", False):
             self.nowcasting.skip()
-        else:
-            self._tell(args, state, self.nowcasting.step(optimizer=optimizer, scheduler_stepped=True))
+            return
+        self.record.before(self.nowcasting)
+        event = self.nowcasting.step(optimizer=optimizer, scheduler_stepped=True)
+        self.record.after(self.nowcasting, event)
+        self._tell(args, state, event)
 
     def on_log(
         self,
@@ -133,11 +145,8 @@ class NiNoCallback(TrainerCallback):
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         if self.trainer_saves or args.save_only_model:
             return
-        self.nowcasting.synchronize()
-        if not args.should_save:
-            return
-        folder = self._folder(args, state)
-        if folder is None:
+        folder = self.nowcasting.store.first(str(self._folder(args, state) or ""))
+        if not folder:
             logger.warning(
                 f"No folder {PREFIX_CHECKPOINT_DIR}-{state.global_step} in {args.output_dir}: the nowcasting state is "
                 "not saved, and a run resumed from this checkpoint warms up."
@@ -149,6 +158,7 @@ class NiNoCallback(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         self.resume_from = None
+        self.record.end(self.nowcasting)
         self.nowcasting.close()
         counts = f"{self.nowcasting.nowcasts} nowcasts, {self.nowcasting.rejected} rejected"
         if self.nowcasting.taken_back:

@@ -22,6 +22,7 @@ class NowcastEvent:
         loss_after: the same after writing.
         taken_back_to: the step of a nowcast that was taken back at ``step``: parameters and optimizer are again as
             they were there.
+        shortened, left_alone: parameters whose step was too long, and was shortened or not taken.
     """
 
     step: int
@@ -35,6 +36,8 @@ class NowcastEvent:
     loss_before: float | None = None
     loss_after: float | None = None
     taken_back_to: int | None = None
+    shortened: int = 0
+    left_alone: int = 0
 
     def scalars(self) -> dict[str, float]:
         """``nino_*`` numbers for trackers."""
@@ -47,6 +50,7 @@ class NowcastEvent:
             "nino_relative_step_norm": self.relative_step_norm,
             "nino_loss_before": self.loss_before,
             "nino_loss_after": self.loss_after,
+            "nino_shortened": self.shortened + self.left_alone if self.accepted else None,
             "nino_taken_back_to": self.taken_back_to,
         }
         return {name: value for name, value in values.items() if value is not None}

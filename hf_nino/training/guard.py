@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-import itertools
 import math
 import statistics
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import pairwise
 
 import torch
 from torch import Tensor
+
+from ..nowcaster.shards import Shards
 
 # A move below this share of the parameter's size (and of 1 per element) is rounding: a bias before a batch norm.
 STILL = 1e-7
@@ -65,9 +67,12 @@ class Verdict:
         return f"steps that were too long: {', '.join(found)}" if found else ""
 
 
-@torch.no_grad()
 def judge(
-    states: Sequence[Mapping[str, Tensor]], prediction: Mapping[str, Tensor], horizon: int, limit: float = LIMIT
+    states: Sequence[Mapping[str, Tensor]],
+    prediction: Mapping[str, Tensor],
+    horizon: int,
+    limit: float = LIMIT,
+    shards: Shards | None = None,
 ) -> Verdict:
     r"""Judge ``prediction``, ``horizon`` intervals after the last of ``states``.
 
@@ -88,42 +93,42 @@ def judge(
         prediction: {name: tensor}.
         horizon: intervals.
         limit: how much faster than usual a parameter may go; the length that a nowcaster intends is well below.
+        shards: whose rows these are; the verdict is about whole parameters, and the same on all ranks.  Names and
+            shapes must have been checked on all of them (:func:`odd_prediction`).
     """
     last = states[-1]
-    if prediction.keys() != last.keys():
-        odd = sorted(prediction.keys() ^ last.keys())
-        return Verdict(False, f"the prediction must hold exactly the model's parameters; missing or odd: {odd[:3]}")
-    for name, tensor in prediction.items():
-        if tensor.shape != last[name].shape:
-            shapes = f"shape {tuple(tensor.shape)}, the parameter {tuple(last[name].shape)}"
-            return Verdict(False, f"the prediction of {name!r} has {shapes}")
+    odd = odd_prediction(last, prediction)
+    if odd:
+        return Verdict(False, odd)
     names = list(last)
-    numbers = {name: max(last[name].numel(), 1) for name in names}
-    jumps = dict(zip(names, _norms(prediction[name].float() - last[name].float() for name in names), strict=True))
-    sizes = dict(zip(names, _norms(last[name].float() for name in names), strict=True))
+    sizes = {name: tensor.numel() for name, tensor in last.items()}
+    if shards is not None:
+        sizes = {name: math.prod(shards.local(name).shape) for name in names}
+    numbers = {name: max(size, 1) for name, size in sizes.items()}
+    found = _measures(states, prediction, shards)
+    jumps = {name: measures.jump for name, measures in found.items()}
     for name, jump in jumps.items():
         if not math.isfinite(jump):
-            bad = int((~torch.isfinite(prediction[name])).sum())
-            found = f"{bad} of {numbers[name]} predicted values of {name!r} are not finite"
-            return Verdict(False, found if bad else f"the step of {name!r} overflows (norm {jump})")
-    size = math.hypot(*sizes.values())
+            bad = found[name].bad
+            text = f"{bad} of {numbers[name]} predicted values of {name!r} are not finite"
+            return Verdict(False, text if bad else f"the step of {name!r} overflows (norm {jump})")
+    size = math.hypot(*(measures.size for measures in found.values()))
     if len(states) == 1:
         model_rms = size / math.sqrt(sum(numbers.values()))
         for name, jump in jumps.items():
-            allowed = LIMIT_OF_SIZE * max(sizes[name], model_rms * math.sqrt(numbers[name]))
+            allowed = LIMIT_OF_SIZE * max(found[name].size, model_rms * math.sqrt(numbers[name]))
             if jump > allowed:
                 rule = f"{LIMIT_OF_SIZE:g} times the parameter's size"
                 return Verdict(False, _too_long(name, jump, allowed, rule))
         return Verdict(True, **_lengths(jumps, size))
 
-    moves = _moves(states)
-    rounding = {name: sizes[name] + math.sqrt(numbers[name]) for name in names}
-    unmoved = frozenset(name for name in names if max(moves[name]) <= STILL * rounding[name])
+    rounding = {name: found[name].size + math.sqrt(numbers[name]) for name in names}
+    unmoved = frozenset(name for name in names if max(found[name].moves) <= STILL * rounding[name])
     shortened, left_alone, worst = {}, [], ""
     for name in names:
         if name in unmoved:
             continue
-        usual = statistics.median(moves[name])
+        usual = statistics.median(found[name].moves)
         allowed = limit * horizon * usual + 1e-5 * rounding[name]
         if jumps[name] > ABSURD * allowed:
             left_alone.append(name)
@@ -140,8 +145,20 @@ def judge(
         shortened=shortened,
         left_alone=frozenset(left_alone),
         **_lengths(written, size),
-        alignment=_alignment(states, prediction, list(written)),
+        alignment=_alignment([found[name] for name in written]),
     )
+
+
+def odd_prediction(last: Mapping[str, Tensor], prediction: Mapping[str, Tensor]) -> str:
+    """What is wrong with the names and shapes of a prediction; empty: nothing."""
+    if prediction.keys() != last.keys():
+        odd = sorted(prediction.keys() ^ last.keys())
+        return f"the prediction must hold exactly the model's parameters; missing or odd: {odd[:3]}"
+    for name, tensor in prediction.items():
+        if tensor.shape != last[name].shape:
+            shapes = f"shape {tuple(tensor.shape)}, the parameter {tuple(last[name].shape)}"
+            return f"the prediction of {name!r} has {shapes}"
+    return ""
 
 
 def tame(last: Mapping[str, Tensor], prediction: Mapping[str, Tensor], verdict: Verdict, share: float = 1.0) -> dict:
@@ -173,37 +190,48 @@ def _lengths(jumps: Mapping[str, float], size: float) -> dict[str, float]:
     return {"step_norm": step, "relative_step_norm": step / size if size > 0 else math.inf}
 
 
-def _moves(states: Sequence[Mapping[str, Tensor]]) -> dict[str, list[float]]:
-    """The length of each parameter's move in each interval."""
-    names = list(states[-1])
-    moves: dict[str, list[float]] = {name: [] for name in names}
-    for before, after in itertools.pairwise(states):
-        lengths = _norms(after[name].float() - before[name].float() for name in names)
-        for name, length in zip(names, lengths, strict=True):
-            moves[name].append(length)
-    return moves
+@dataclass(frozen=True)
+class _Measures:
+    """What is measured of one parameter: Euclidean norms of its step, its size and its move in each interval; numbers
+    that are not finite; and the scalar product of step and whole move, with the squares of both."""
+
+    jump: float
+    size: float
+    moves: tuple[float, ...]
+    bad: int
+    dot: float
+    move: float
 
 
-def _alignment(
-    states: Sequence[Mapping[str, Tensor]], prediction: Mapping[str, Tensor], names: Sequence[str]
-) -> float:
-    if not names:
-        return math.nan
-    dots, jumps, moves = [], [], []
-    for name in names:
-        last = states[-1][name].float().flatten()
-        jump, move = prediction[name].float().flatten() - last, last - states[0][name].float().flatten()
-        dots.append(torch.dot(jump, move))
-        jumps.append(torch.dot(jump, jump))
-        moves.append(torch.dot(move, move))
-    dot, jump, move = (math.fsum(_numbers(values)) for values in (dots, jumps, moves))
+@torch.no_grad()
+def _measures(
+    states: Sequence[Mapping[str, Tensor]], prediction: Mapping[str, Tensor], shards: Shards | None
+) -> dict[str, _Measures]:
+    """With one transfer to the host, and one sum over the ranks, rather than one for each tensor."""
+    first, last = states[0], states[-1]
+    rows = []
+    for name, tensor in last.items():
+        end, predicted = tensor.float().flatten(), prediction[name].float().flatten()
+        jump, move = predicted - end, end - first[name].float().flatten()
+        lengths = [jump, end] + [b[name].float().flatten() - a[name].float().flatten() for a, b in pairwise(states)]
+        bad = (~torch.isfinite(predicted)).sum().float()
+        norms = [torch.linalg.vector_norm(part) for part in lengths]
+        rows.append(torch.stack([*norms, bad, torch.dot(jump, move), torch.dot(move, move)]))
+    table = torch.stack([row.to(rows[0].device) for row in rows]).cpu().double()
+    table[:, :-3].square_()
+    if shards is not None:
+        shards.ranks.sum_([table])
+    found = {}
+    for name, (jump, size, *moves, bad, dot, move) in zip(last, table.tolist(), strict=True):
+        found[name] = _Measures(_root(jump), _root(size), tuple(map(_root, moves)), round(bad), dot, move)
+    return found
+
+
+def _root(square: float) -> float:
+    return math.sqrt(square) if square >= 0 else math.nan
+
+
+def _alignment(found: Sequence[_Measures]) -> float:
+    dot, move = math.fsum(m.dot for m in found), math.fsum(m.move for m in found)
+    jump = math.fsum(m.jump * m.jump for m in found)
     return dot / math.sqrt(jump * move) if jump > 0 and move > 0 else math.nan
-
-
-def _norms(tensors: Iterable[Tensor]) -> list[float]:
-    """Euclidean norms, with one transfer to the host rather than one per tensor."""
-    return _numbers([torch.linalg.vector_norm(tensor) for tensor in tensors])
-
-
-def _numbers(values: Sequence[Tensor]) -> list[float]:
-    return torch.stack([value.to(values[0].device) for value in values]).tolist()

@@ -8,8 +8,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from .parameters import Signature
-from .storage import WITH_MODEL, Snapshot, as_dtype, make_place
+from .storage import WITH_MODEL, LostSnapshot, Snapshot, as_dtype, make_place
+from .stores import Signature
 
 
 class History:
@@ -61,8 +61,8 @@ class History:
     def append(self, state: Mapping[str, Tensor], step: int) -> None:
         """Take a snapshot of ``state``, as it is now, after optimizer step ``step``.
 
-        Returns before the copy has arrived where that is possible.  A disk that fails is only noticed by
-        :meth:`states` and :meth:`files`.
+        Returns before the copy has arrived where that is possible.  Memory or a disk that fails is only noticed by
+        :meth:`states` and :meth:`files`, which other ranks call at the same time.
 
         Raises:
             ValueError: the history is full, or ``step`` is not later than the last one.
@@ -71,7 +71,11 @@ class History:
             raise ValueError(f"the history holds {self.context} snapshots and is full; clear it before appending")
         if self._steps and step <= self._steps[-1]:
             raise ValueError(f"`step` must be later than that of the last snapshot, {self._steps[-1]}, got {step}")
-        self._snapshots.append(self._place.keep(state, step))
+        try:
+            snapshot = self._place.keep(state, step)
+        except Exception as error:
+            snapshot = LostSnapshot(f"the snapshot of step {step} could not be kept ({type(error).__name__}: {error})")
+        self._snapshots.append(snapshot)
         self._steps.append(step)
 
     def clear(self) -> None:
@@ -107,7 +111,7 @@ class History:
         Args:
             tensors: {``"{position}/{name}"``: tensor}.
             steps: step of each snapshot.
-            signature: what the snapshots must fit: names and shapes.
+            signature: what the snapshots must fit: names and shapes (of this rank's rows, if they are divided).
             like: {name: tensor} whose devices are used where snapshots live with their parameters.
 
         Raises:

@@ -7,8 +7,12 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from transformers.utils import logging
 
-from .parameters import ParameterStore
+from .ranks import OneVoice
+from .stores import ParameterStore
+
+logger = OneVoice(logging.get_logger(__name__))
 
 
 class LossMeter:
@@ -60,7 +64,14 @@ class LossMeter:
             self._entries.append((first, last, float(loss)))
 
     def read(self) -> list[tuple[int, int, float]]:
-        """(first step, last step, mean loss), oldest first; on all ranks at once."""
+        """(first step, last step, mean loss), oldest first; on all ranks at once.
+
+        If they did not record losses of the same steps, all of them forget theirs.
+        """
+        steps = [(a, b, isinstance(loss, Tensor)) for a, b, loss in self._entries]
+        if self._store.ranks is not None and not self._store.ranks.alike(str(steps)):
+            logger.warning("Losses were not recorded on all ranks for the same steps, and cannot be used.")
+            self._entries.clear()
         waiting = [loss for _, _, loss in self._entries if isinstance(loss, Tensor)]
         if waiting:
             device = waiting[0].device

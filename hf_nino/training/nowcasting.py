@@ -6,6 +6,7 @@ Every front end (:class:`~hf_nino.training.optimizer.NiNo`, :class:`~hf_nino.tra
 
 from __future__ import annotations
 
+import math
 import os
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -27,14 +28,14 @@ from .history import History
 from .horizon import Horizon, Trust
 from .losses import LossMeter
 from .outlook import Outlook
-from .parameters import make_store
-from .period import resolve_schedule
+from .period import resolve_schedule, resolve_stop
 from .probation import Probation, default_patience
 from .probe import Batches, Probe
-from .rng import preserved_rng
+from .ranks import OneVoice
+from .stores import make_store
 from .undo import Undo
 
-logger = logging.get_logger(__name__)
+logger = OneVoice(logging.get_logger(__name__))
 
 ON_INVALID = ("skip", "raise")
 
@@ -78,7 +79,9 @@ class Nowcasting(Attempting):
 
     Args:
         nowcaster: a :class:`Nowcaster`, or the name, path or repo id of one.
-        model: the model that is trained, wrapped (DDP, ``torch.compile``) or not.
+        model: the model that is trained, wrapped (DDP, FSDP, DeepSpeed, ``torch.compile``), sharded (FSDP2, tensor
+            parallel) or not.  Where several ranks train, each keeps and predicts its own rows, and everything here is
+            to be called on all of them at once.
         period: optimizer steps between nowcasts; default: the nowcaster's, less in a short run
             (:func:`hf_nino.training.period.resolve_schedule`).
         interval: optimizer steps between snapshots; default ``period // context``.
@@ -116,13 +119,14 @@ class Nowcasting(Attempting):
         taken_back: nowcasts that were written and taken back.
         stopped: whether nowcasting has been given up for this run.
         seconds: spent on snapshots and nowcasts.
+        own_parameters: elements that this rank keeps and predicts: its rows, or everything.
         events: what happened so far in this process.
         announcement: its ``estimate`` is what nowcasting costs, once the first steps have been timed; logged once, as
             a warning above 5% of training time.
 
     Raises:
         ValueError: a bad argument, or a model whose parameters cannot be written (see
-            :func:`hf_nino.training.parameters.make_store`).
+            :func:`hf_nino.training.stores.make_store`).
         InvalidNowcast: the neural graph cannot be built and ``on_invalid="raise"``.
     """
 
@@ -169,7 +173,7 @@ class Nowcasting(Attempting):
         policy = Horizon(horizon)
         if policy.policy == "paper" and max_steps is None:
             raise ValueError("`horizon='paper'` needs `max_steps`, the length of the run, got None")
-        self.start_step, self.stop_step = start_step, _stop_step(stop_step, stop_fraction, max_steps)
+        self.start_step, self.stop_step = start_step, resolve_stop(stop_step, stop_fraction, max_steps)
         self.outlook = Outlook(policy, max_steps, lr_scheduler, self._say_once)
         self.on_invalid = on_invalid
         self.observe_only = observe_only
@@ -193,11 +197,13 @@ class Nowcasting(Attempting):
         self.seconds = 0.0
         self.events: list[NowcastEvent] = []
         self.enabled = True
+        self._longest = 0.0
         self._begun = False
         self._settled = False
         self._loaded: dict[str, list[float] | None] | None = None
         self._said: set[str] = set()
         self._signature = self.store.signature()
+        self.own_parameters = self._count_own()
         self._example_inputs = example_inputs
         self._own_graph = graph is None
         self.graph = graph
@@ -346,6 +352,7 @@ class Nowcasting(Attempting):
             f"{changed[0]!r}): the history is dropped and nowcasting starts anew."
         )
         self._signature = signature
+        self.own_parameters = self._count_own()
         self._forget()
         self._abandon()
         if self.nowcaster.has_memory:
@@ -355,27 +362,29 @@ class Nowcasting(Attempting):
             self.graph = None
             self._build_graph()
 
+    def _count_own(self) -> int:
+        shards = self.store.shards()
+        if shards is None or not self.nowcaster.works_on_shards:
+            return sum(math.prod(shape) for _, shape, _ in self._signature)
+        return sum(shards.local(name).numel for name in shards.ranges)
+
     # -- the rest ---------------------------------------------------------------------------------------------------
 
     def _build_graph(self) -> None:
         if not self.nowcaster.needs_graph or self.graph is not None:
             return
-        from ..graph import NeuralGraph
+        from .blueprint import agreed_graph
 
-        try:
-            with preserved_rng():
-                inputs = self._example_inputs() if callable(self._example_inputs) else self._example_inputs
-                self.graph = NeuralGraph.from_model(self.store.model, inputs)
-            self.enabled = True
-        except Exception as error:
-            kind = type(self.store.model).__name__
-            reason = f"the neural graph of {kind} cannot be built ({type(error).__name__}: {error})"
-            if self.on_invalid == "raise":
-                raise InvalidNowcast(reason) from error
-            self.enabled = False
-            self._say_once(
-                f"No nowcasts in this run: {reason}. Pass `example_inputs`, or a nowcaster that needs no graph."
-            )
+        self.graph, reason, error = agreed_graph(self.store, self._example_inputs)
+        self.enabled = not reason
+        if not reason:
+            return
+        reason = f"the neural graph of {type(self.store.model).__name__} cannot be built ({reason})"
+        if self.on_invalid == "raise":
+            raise InvalidNowcast(reason) from error
+        self._say_once(
+            f"No nowcasts in this run: {reason}. Pass `example_inputs`, or a nowcaster that needs no graph."
+        )
 
     def _check_optimizer(self, optimizer: Any) -> None:
         if optimizer is not None:
@@ -385,15 +394,3 @@ class Nowcasting(Attempting):
         if message not in self._said:
             self._said.add(message)
             logger.warning(message)
-
-
-def _stop_step(stop_step: int | None, stop_fraction: float | None, max_steps: int | None) -> int | None:
-    """The earlier of the two ends."""
-    if stop_fraction is None:
-        return stop_step
-    if not 0 < stop_fraction <= 1:
-        raise ValueError(f"`stop_fraction` must be above 0 and at most 1, got {stop_fraction}")
-    if max_steps is None:
-        raise ValueError("`stop_fraction` needs `max_steps`, the length of the run, got None")
-    end = int(stop_fraction * max_steps)
-    return end if stop_step is None else min(stop_step, end)

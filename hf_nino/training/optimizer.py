@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..defaults import NOWCASTER
 from ..nowcaster.base import Nowcaster
 from .compatibility import check_optimizer
 from .event import NowcastEvent
@@ -56,7 +57,7 @@ class NiNo(torch.optim.Optimizer):
         self,
         optimizer: torch.optim.Optimizer,
         model: nn.Module,
-        nowcaster: str | os.PathLike | Nowcaster = "linear",
+        nowcaster: str | os.PathLike | Nowcaster = NOWCASTER,
         **nowcasting: Any,
     ) -> None:
         if not isinstance(optimizer, torch.optim.Optimizer):
@@ -169,7 +170,7 @@ class NiNo(torch.optim.Optimizer):
     def save(self, directory: str | os.PathLike) -> None:
         """Write the nowcasting state into ``directory`` (safetensors and JSON), beside your own checkpoint.
 
-        With several ranks, on one of them, after ``optimizer.nowcasting.synchronize()`` on all.
+        Where several ranks train, on all of them at once: each writes its rows, into files of its own.
         """
         self.nowcasting.save(directory)
 
@@ -184,9 +185,7 @@ class NiNo(torch.optim.Optimizer):
         """
 
         def save(models: Any, weights: Any, directory: str) -> None:
-            self.nowcasting.synchronize()
-            if accelerator.is_main_process:
-                self.save(directory)
+            self.save(directory)
 
         def load(models: Any, directory: str) -> None:
             self.load(directory)

@@ -7,6 +7,7 @@ import math
 from collections.abc import Callable, Iterator
 from typing import Any
 
+from ..nowcaster import Rates
 from .horizon import Horizon
 from .learning_rate import foresee, learning_rates, optimizer_of, warmup_steps
 
@@ -83,6 +84,24 @@ class Outlook:
             past=tuple(math.fsum(group) / len(rates) for group in zip(*rates, strict=True)),
             future=self._future(scheduled_step, interval * max_horizon, optimizer, scheduler_stepped),
         )
+
+    def rates(
+        self, *, scheduled_step: int, horizon: int, interval: int, optimizer: Any, scheduler_stepped: bool
+    ) -> Rates | None:
+        """What a nowcaster is told of the learning rates around a nowcast, means over the parameter groups; ``None``
+        if those of the history are not known for every snapshot, or all 0.
+
+        Args:
+            horizon: intervals that the nowcast looks ahead.
+        """
+        known = [entry for entry in self._rates if len(entry) == len(self._rates[-1])]
+        means = [math.fsum(groups) / len(groups) for groups in known]
+        if len(means) < max(len(self._rates), 2) or sum(means) <= 0:
+            return None
+        steps = itertools.islice(
+            self._future(scheduled_step, interval * horizon, optimizer, scheduler_stepped), interval * horizon
+        )
+        return Rates.at_snapshots(means, math.fsum(math.fsum(step) / len(step) for step in steps), interval)
 
     def _future(self, step: int, wanted: int, optimizer: Any, scheduler_stepped: bool) -> Iterator[tuple[float, ...]]:
         """Learning rates of the steps that are left; as many as wanted when the end is unknown."""

@@ -46,3 +46,19 @@ def resolve_schedule(
             f"got {interval}"
         )
     return period, interval
+
+
+def resolve_stop(stop_step: int | None, stop_fraction: float | None, max_steps: int | None) -> int | None:
+    """The step after which there is no nowcast: the earlier of the two ends, ``None`` without any.
+
+    Raises:
+        ValueError: a share out of range, or of a run whose length is not known.
+    """
+    if stop_fraction is None:
+        return stop_step
+    if not 0 < stop_fraction <= 1:
+        raise ValueError(f"`stop_fraction` must be above 0 and at most 1, got {stop_fraction}")
+    if max_steps is None:
+        raise ValueError("`stop_fraction` needs `max_steps`, the length of the run, got None")
+    end = int(stop_fraction * max_steps)
+    return end if stop_step is None else min(stop_step, end)

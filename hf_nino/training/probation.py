@@ -73,6 +73,7 @@ class Probation:
         lost: steps that were spent on nowcasts which were taken back.
         last_nowcast: step of the last nowcast, or of the last that was taken back.
         barred: whether nowcasts that are astray are refused.
+        judged: the nowcast that was last judged by its losses (the step it was opened at), and how it compared.
     """
 
     def __init__(self, patience: int, max_failures: int, max_steps: int | None) -> None:
@@ -82,6 +83,7 @@ class Probation:
         self.lost = 0
         self.last_nowcast = 0
         self.barred = False
+        self.judged: tuple[int, Comparison] | None = None
         self._start = 0
         self._astray = False
         self._probe: float | None = None
@@ -124,6 +126,7 @@ class Probation:
         """Judge the nowcast on probation, at its end; on all ranks at once."""
         comparison = self._compare(losses)
         if comparison is not None:
+            self.judged = self.opened, comparison
             return self._by_losses(comparison)
         if probe is None or self._probe is None:
             return Outcome(False, "there were too few losses to judge it by")

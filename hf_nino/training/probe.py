@@ -9,21 +9,21 @@ import torch
 from torch import Tensor, nn
 
 from .losses import as_loss
-from .parameters import ParameterStore
 from .rng import preserved_rng
+from .stores import ParameterStore
 
 Batches = Callable[[], float] | Sequence[Mapping[str, Any]]
 
 
 class Probe:
-    """Measures the loss, on all ranks together, and leaves random numbers, modes and statistics as they are.
+    """Measures the loss, and leaves random numbers, modes and statistics as they are.
 
     Args:
         batches: a function without arguments that returns the loss; or batches of keyword arguments for the model,
             which must return a loss (``model(**batch).loss``, or under the key ``"loss"``).  Under
             ``torch.distributed`` each rank may have batches of its own: the mean over the ranks counts.
         model: the model, for batches.
-        store: whose ranks take part.
+        store: says where it is.
 
     Raises:
         ValueError: ``batches`` is neither, or empty.
@@ -40,14 +40,13 @@ class Probe:
         self._batches, self._model, self._store = batches, model, store
 
     def __call__(self) -> float:
-        """The loss now; it may be nan.
+        """The loss now, on this rank; it may be nan.
 
         Raises:
             Exception: whatever the model or the function raises.
         """
         with preserved_rng():
-            loss = float(self._batches()) if callable(self._batches) else self._mean()
-        return self._store.average(torch.tensor([loss], dtype=torch.float64))[0]
+            return float(self._batches()) if callable(self._batches) else self._mean()
 
     @torch.no_grad()
     def _mean(self) -> float:

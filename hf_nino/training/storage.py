@@ -110,6 +110,19 @@ class Place(ABC):
         """Give back everything; all snapshots have been released.  The place may be used again."""
 
 
+class LostSnapshot(Snapshot):
+    """One that could not be kept; ``reason`` says why."""
+
+    def __init__(self, reason: str) -> None:
+        self.reason = reason
+
+    def tensors(self) -> dict[str, Tensor]:
+        raise OSError(self.reason)
+
+    def file(self) -> Path:
+        raise OSError(self.reason)
+
+
 class _Tensors(Snapshot):
     def __init__(self, tensors: dict[str, Tensor]) -> None:
         self._tensors = tensors

@@ -7,6 +7,7 @@ import itertools
 import os
 from collections import deque
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -14,9 +15,11 @@ from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from transformers import Trainer, TrainingArguments
 
+from ..defaults import NOWCASTER
 from ..nowcaster.base import Nowcaster
 from ..nowcaster.precision import check_precision
 from .callback import NiNoCallback
+from .card import update_card
 from .horizon import Horizon
 from .nowcasting import ON_INVALID, Nowcasting, resolve_nowcaster
 from .storage import as_dtype, check_place
@@ -40,7 +43,7 @@ class NiNoArguments:
     """
 
     nowcaster: str = field(
-        default="linear",
+        default=NOWCASTER,
         metadata={"help": "Name of a bundled nowcaster, path, or repo id on the Hub; 'none' trains without nowcasts."},
     )
     nowcast_period: int | None = field(
@@ -215,9 +218,7 @@ class NiNoTrainerMixin:
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
         super()._save_optimizer_and_scheduler(output_dir)
         if self.nowcasting is not None:
-            self.nowcasting.synchronize()
-            if self.args.should_save:
-                self.nowcasting.save(output_dir)
+            self.nowcasting.save(output_dir)
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         super()._load_optimizer_and_scheduler(checkpoint)
@@ -250,6 +251,12 @@ class NiNoTrainerMixin:
             callback.pending = []
         super().log(logs, *args, **kwargs)
 
+    def create_model_card(self, *args: Any, **kwargs: Any) -> None:
+        """The card that the Trainer writes, with a section about nowcasts, and without a base model that is none."""
+        super().create_model_card(*args, **kwargs)
+        if self.is_world_process_zero():
+            update_card(Path(self.args.output_dir, "README.md"), self.nowcasting, self.state.log_history)
+
     def _nowcast_inputs(self) -> Any:
         """One training example as a batch, for models that do not say what they take; ``None`` for others."""
         if hasattr(self.model, "main_input_name") or self.train_dataset is None:
@@ -260,7 +267,7 @@ class NiNoTrainerMixin:
         return self._prepare_inputs(collate([example]))
 
     def _nowcast_loss(self) -> float:
-        """The loss on the first evaluation batches; training flags and collected metrics stay as they are."""
+        """The loss on this rank's first evaluation batches; training flags and collected metrics stay as they are."""
         if not self._nowcast_batches:
             dataset = self.eval_dataset
             if isinstance(dataset, dict):
@@ -283,11 +290,7 @@ class NiNoTrainerMixin:
                 self._metrics = metrics
         if any(loss is None for loss in losses):
             raise ValueError("the model returns no loss on the evaluation batch; does it have labels?")
-        loss = torch.stack([loss.mean().detach() for loss in losses]).mean()
-        if self.args.world_size > 1:
-            torch.distributed.all_reduce(loss)
-            loss /= self.args.world_size
-        return float(loss)
+        return float(torch.stack([loss.mean().detach() for loss in losses]).mean())
 
 
 class NiNoTrainer(NiNoTrainerMixin, Trainer):

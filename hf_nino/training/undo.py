@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from .storage import DISK, DTYPES, Place, Snapshot, make_place
+from .stores import ParameterStore
 
 # What a learning-rate scheduler writes into parameter groups goes on; everything else in them is state.
 _SCHEDULED = {"params", "lr", "initial_lr", "max_lr", "min_lr", "betas", "momentum", "base_momentum", "max_momentum"}
@@ -22,6 +23,9 @@ class NoUndo(Exception):
 class Undo:
     """One state of a run, kept on the host, on the disk or on the device.
 
+    Where several ranks train, each keeps its rows of the parameters and its part of the optimizer's state: its shards,
+    or its rows of what all of them hold.
+
     Args:
         device: where, as for snapshots (:func:`hf_nino.training.storage.make_place`).  Each tensor keeps its dtype.
     """
@@ -33,19 +37,12 @@ class Undo:
         self._others: dict[str, Tensor] = {}
         self._numbers: dict[str, Any] = {}
 
-    def keep(
-        self,
-        model: nn.Module,
-        parameters: Mapping[str, Tensor],
-        optimizer: Any,
-        memory: Mapping[str, Tensor],
-        step: int,
-    ) -> None:
+    def keep(self, store: ParameterStore, optimizer: Any, memory: Mapping[str, Tensor], step: int) -> None:
         """Keep the state as it is now, instead of the one kept before.
 
         Args:
-            model: its buffers that are saved with it (statistics of batch normalization) are kept too.
-            parameters: {name: tensor}.
+            store: the parameters; the buffers that are saved with its model (statistics of batch normalization) are
+                kept too.
             optimizer: its state, and what its groups hold beside settings of a schedule.
             memory: the nowcaster's.
             step: optimizer steps done.
@@ -53,27 +50,27 @@ class Undo:
         Raises:
             NoUndo: the optimizer keeps something else than tensors and numbers for a parameter (LBFGS).
         """
-        state, numbers = _optimizer_state(optimizer)
+        live = store.live()  # before anything that may fail on one rank alone
+        state, numbers = _optimizer_state(store, optimizer)
         self.release()
-        tensors = {f"parameter/{name}": tensor for name, tensor in parameters.items()}
-        tensors |= {f"buffer/{name}": tensor for name, tensor in saved_buffers(model).items()}
+        tensors = {f"parameter/{name}": tensor for name, tensor in live.items()}
+        tensors |= {f"buffer/{name}": tensor for name, tensor in saved_buffers(store.model).items()}
         tensors |= {f"memory/{name}": tensor for name, tensor in memory.items()} | state
         self._fill(tensors, step)
         self._numbers = numbers
 
-    def restore(self, model: nn.Module, parameters: Mapping[str, Tensor], optimizer: Any) -> dict[str, Tensor]:
+    def restore(self, store: ParameterStore, optimizer: Any) -> dict[str, Tensor]:
         """Write the kept state back, in place; the nowcaster's memory is returned.
 
         Raises:
             OSError: it was to be on the disk and is not; nothing has been written then.
         """
         kept = self.tensors()
+        store.write({name.removeprefix("parameter/"): t for name, t in kept.items() if name.startswith("parameter/")})
         with torch.no_grad():
-            for name, tensor in parameters.items():
-                tensor.copy_(kept[f"parameter/{name}"])
-            for name, tensor in saved_buffers(model).items():
+            for name, tensor in saved_buffers(store.model).items():
                 tensor.copy_(kept[f"buffer/{name}"])
-            _restore_optimizer(optimizer, kept, self._numbers)
+            _restore_optimizer(store, optimizer, kept, self._numbers)
         return {name.removeprefix("memory/"): t for name, t in kept.items() if name.startswith("memory/")}
 
     def release(self) -> None:
@@ -132,46 +129,53 @@ def saved_buffers(model: nn.Module) -> dict[str, Tensor]:
     return found
 
 
-def _optimizer_state(optimizer: Any) -> tuple[dict[str, Tensor], dict[str, Any]]:
+def _optimizer_state(store: ParameterStore, optimizer: Any) -> tuple[dict[str, Tensor], dict[str, Any]]:
     tensors, numbers = {}, {}
-    for place, entry in _entries(optimizer):
+    if any(base.__name__ == "ZeroRedundancyOptimizer" for base in type(optimizer).__mro__):
+        raise NoUndo(f"{type(optimizer).__name__} keeps its state out of reach; use ZeRO-1 or FSDP to divide it")
+    for place, parameter, entry in _entries(optimizer):
         numbers[place] = None  # it exists, were it empty
         for key, value in entry.items():
             if isinstance(value, Tensor):
-                tensors[f"{place}/{key}"] = value
+                tensors[f"{place}/{key}"] = value if parameter is None else store.rows_of_state(parameter, value)
             elif isinstance(value, _NUMBERS):
                 numbers[f"{place}/{key}"] = value
-            elif not place.startswith("group/"):
+            elif parameter is not None:
                 raise NoUndo(f"{type(optimizer).__name__} keeps {key!r}, a {type(value).__name__}, in its state")
     return tensors, numbers
 
 
-def _restore_optimizer(optimizer: Any, tensors: Mapping[str, Tensor], numbers: Mapping[str, Any]) -> None:
+def _restore_optimizer(
+    store: ParameterStore, optimizer: Any, tensors: Mapping[str, Tensor], numbers: Mapping[str, Any]
+) -> None:
     state = getattr(optimizer, "state", {})
     for index, parameter in enumerate(_parameters(optimizer)):
         if f"state/{index}" not in numbers:
             state.pop(parameter, None)  # it has got state since
-    for place, entry in _entries(optimizer):
+    rows = {}
+    for place, parameter, entry in _entries(optimizer):
         for key in list(entry):
             name = f"{place}/{key}"
             if name in tensors:
-                if isinstance(entry[key], Tensor):
+                if not isinstance(entry[key], Tensor):
+                    entry[key] = tensors[name].clone()
+                elif parameter is None:
                     entry[key].copy_(tensors[name])
                 else:
-                    entry[key] = tensors[name].clone()
+                    rows[name] = parameter, entry[key], tensors[name]
             elif name in numbers:
                 entry[key] = numbers[name]
-            elif not place.startswith("group/"):
+            elif parameter is not None:
                 del entry[key]
+    store.write_states(rows)
 
 
-def _entries(optimizer: Any) -> list[tuple[str, dict[str, Any]]]:
+def _entries(optimizer: Any) -> list[tuple[str, Tensor | None, dict[str, Any]]]:
     """The optimizer's dictionaries with a place each: one for each parameter that has state, one for each group."""
     state = getattr(optimizer, "state", {})
-    found = [(f"state/{i}", state[p]) for i, p in enumerate(_parameters(optimizer)) if p in state]
+    found = [(f"state/{i}", p, state[p]) for i, p in enumerate(_parameters(optimizer)) if p in state]
     for index, group in enumerate(getattr(optimizer, "param_groups", ())):
-        entry = _Unscheduled(group)
-        found.append((f"group/{index}", entry))
+        found.append((f"group/{index}", None, _Unscheduled(group)))
     return found
 
 
@@ -188,4 +192,7 @@ class _Unscheduled(dict):
 
 
 def _parameters(optimizer: Any) -> list[Tensor]:
-    return [parameter for group in getattr(optimizer, "param_groups", ()) for parameter in group["params"]]
+    """Those in the groups, and those that only the state knows (ZeRO-3 puts them into groups for the step alone)."""
+    grouped = [parameter for group in getattr(optimizer, "param_groups", ()) for parameter in group["params"]]
+    known = {id(parameter) for parameter in grouped}
+    return grouped + [p for p in getattr(optimizer, "state", {}) if isinstance(p, Tensor) and id(p) not in known]

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from typing import Any
 
+import torch
 from torch import Tensor
 from transformers.utils import logging
 
@@ -14,11 +16,12 @@ from .horizon import Trust
 from .learning_rate import optimizer_of
 from .losses import LossMeter
 from .probation import Probation
+from .ranks import OneVoice
 from .resume import Resumable
 from .rng import preserved_rng
 from .undo import NoUndo, Undo
 
-logger = logging.get_logger(__name__)
+logger = OneVoice(logging.get_logger(__name__))
 
 
 class Watching(Resumable):
@@ -50,7 +53,7 @@ class Watching(Resumable):
             self.losses.record_mean(loss, first, last)
 
     def synchronize(self) -> None:
-        """Bring recorded losses to the host; where several ranks train, on all of them, before one of them saves."""
+        """Bring recorded losses to the host; where several ranks train, on all of them."""
         self.losses.read()
 
     # -- opening ----------------------------------------------------------------------------------------------------
@@ -60,10 +63,10 @@ class Watching(Resumable):
         if not self.probation.patience:
             return False
         enough = self.measure is not None or len(self.losses) >= FEWEST_BEFORE
-        if not self.store.agree(enough and self._base(optimizer) is not None):
-            self._say_once(self._blind(optimizer))
-            return False
-        return True
+        blind = self.store.agree("" if enough and self._base(optimizer) is not None else self._blind(optimizer))
+        if blind:
+            self._say_once(f"Nowcasts are not watched and will not be taken back: {blind}.")
+        return not blind
 
     def _blind(self, optimizer: Any) -> str:
         patience = self.probation.patience
@@ -79,14 +82,21 @@ class Watching(Resumable):
                 "no training loss is known. Use NiNoTrainer, log the loss often, call `record_loss(loss)` or "
                 "`step(closure)` in a loop of your own, or pass `probe_batches`"
             )
-        return f"Nowcasts are not watched and will not be taken back: {what}."
+        return what
 
     def _keep(self, optimizer: Any, memory: Mapping[str, Tensor]) -> bool:
         """Keep the state before a nowcast is written, and open its probation; whether that was possible."""
+        failure = ""
         try:
-            self.undo.keep(self.store.model, self.store.live(), self._base(optimizer), memory, self.step_count)
+            self.undo.keep(self.store, self._base(optimizer), memory, self.step_count)
         except NoUndo as error:
-            self._say_once(f"Nowcasts are not watched and will not be taken back: {error}.")
+            failure = str(error)
+        except Exception as error:
+            failure = f"the state before them cannot be kept ({type(error).__name__}: {error})"
+        failure = self.store.agree(failure)
+        if failure:
+            self.undo.release()
+            self._say_once(f"Nowcasts are not watched and will not be taken back: {failure}.")
             return False
         self.probation.opens(self.step_count, self.outlook.warmup_end or 0)
         return True
@@ -105,14 +115,14 @@ class Watching(Resumable):
         self._check_signature()
         if self.probation.opened is None:
             return None
-        outcome = self.probation.judge(self.losses, self._measure())
-        if self.store.agree(not outcome.worse):
+        outcome = self.probation.judge(self.losses, self._measure())  # of the same numbers on all ranks
+        if not outcome.worse:
             logger.info(f"The nowcast of step {self.probation.opened} has passed its probation.")
             self.probation.closes(False, self.step_count)
             self.trust.kept(outcome.paid_off)
             self.undo.release()
             return None
-        return self._take_back(optimizer, outcome.reason or "another rank found it worse")
+        return self._take_back(optimizer, outcome.reason)
 
     def _take_back(self, optimizer: Any, reason: str) -> NowcastEvent | None:
         step, back = self.step_count, self.probation.opened
@@ -131,19 +141,21 @@ class Watching(Resumable):
 
     def _restore(self, optimizer: Any) -> bool:
         """Put the kept state back; ``False`` if it is lost."""
+        failure = ""
         try:
-            tensors = self.undo.tensors()
+            self.undo.tensors()
         except OSError as error:
-            tensors = None
-            self._say_once(f"A nowcast cannot be taken back ({type(error).__name__}: {error}).")
-        if not self.store.agree(tensors is not None):
+            failure = f"{type(error).__name__}: {error}"
+        failure = self.store.agree(failure)
+        if failure:
+            self._say_once(f"A nowcast cannot be taken back ({failure}).")
             self.undo.release()
             return False
-        memory = self.undo.restore(self.store.model, self.store.live(), self._base(optimizer))
+        memory = self.undo.restore(self.store, self._base(optimizer))
         self._forget()
         if self.nowcaster.has_memory:
             self.nowcaster.load_memory(memory)
-            self.nowcaster.settle(self.store.live())
+            self._settle()
         self.undo.release()
         return True
 
@@ -166,12 +178,29 @@ class Watching(Resumable):
         self.probation.abandon()
         self.undo.release()
 
+    def _settle(self) -> None:
+        """Tell a nowcaster with a memory what the base optimizer carries on from."""
+        shards, state = self.store.shards(), self.store.live()
+        if shards is None:
+            self.nowcaster.settle(state)
+        elif self.nowcaster.works_on_shards:
+            self.nowcaster.settle(state, shards=shards)
+        else:
+            self.nowcaster.settle(self.store.gather(state))
+        self._settled = True
+
     def _measure(self) -> float | None:
+        """The measured loss, averaged over the ranks; ``None`` if there is nothing to measure, or it failed on one."""
         if self.measure is None:
             return None
+        loss, failure = math.nan, ""
         try:
             with preserved_rng():
-                return float(self.measure())
+                loss = float(self.measure())
         except Exception as error:
-            self._say_once(f"The loss around nowcasts cannot be measured ({type(error).__name__}: {error}).")
+            failure = f"{type(error).__name__}: {error}"
+        failure = self.store.agree(failure)
+        if failure:
+            self._say_once(f"The loss around nowcasts cannot be measured ({failure}).")
             return None
+        return self.store.average(torch.tensor([loss], dtype=torch.float64))[0]

@@ -222,12 +222,12 @@ def test_a_model_is_estimated_from_its_configuration(folder):
     """No weights are made; parameters that are tied count once; the guess of a step is 6 operations per parameter and
     token, or what the user says."""
     assert all(parameter.is_meta for parameter in without_weights(folder).parameters())
-    name, found = estimate_model(folder, period=1000, history_dtype="bfloat16", batch_tokens=2**20)
+    name, found = estimate_model(folder, "linear", period=1000, history_dtype="bfloat16", batch_tokens=2**20)
     expected = 32 * 16 + 16 * 16 + 12 * 16**2 + 13 * 16 + 2 * 16
     assert (name, found.parameters) == ("GPT2LMHeadModel", expected)
     assert (found.period, found.interval, found.snapshot_bytes) == (1000, 200, 2 * expected)
     assert found.steps_are.startswith("at least, for 1,048,576 tokens") and found.seconds_per_step > 0
-    _, given = estimate_model(folder, period=1000, seconds_per_step=0.25)
+    _, given = estimate_model(folder, "linear", period=1000, seconds_per_step=0.25)
     assert given.seconds_per_step == 0.25 and given.steps_are == "as given"
     assert sum(p.numel() for p in without_weights("gpt2").parameters()) == 124_439_808, "a model type will do"
 
@@ -241,7 +241,9 @@ def test_both_forms_say_the_same(folder):
     table = as_table("GPT2LMHeadModel", "momentum", found)
     assert all(f"\n{row} " in table for row in ("device", "cpu", "disk", "nowcaster", "nowcast", "overhead"))
     assert "More than 5%" in table
-    assert "More than 5%" not in as_table("GPT2LMHeadModel", "linear", estimate_model(folder, seconds_per_step=60)[1])
+    assert "More than 5%" not in as_table(
+        "GPT2LMHeadModel", "linear", estimate_model(folder, "linear", seconds_per_step=60)[1]
+    )
 
 
 def test_the_command_prints_either(folder, monkeypatch, capsys):
@@ -271,4 +273,4 @@ def test_the_command_prints_either(folder, monkeypatch, capsys):
 def test_bad_options_are_named(folder, options, message):
     """Before anything is measured."""
     with pytest.raises(ValueError, match=message):
-        estimate_model(folder, **options)
+        estimate_model(folder, "linear", **options)

@@ -21,6 +21,7 @@ from training_helpers import (
 )
 from transformers import HfArgumentParser, Trainer, TrainingArguments
 
+from hf_nino.defaults import NOWCASTER
 from hf_nino.nowcaster.base import Nowcaster
 from hf_nino.training import NiNoArguments, NiNoTrainer, NiNoTrainerMixin, NiNoTrainingArguments
 
@@ -129,10 +130,10 @@ def test_measuring_needs_evaluation_data(tmp_path):
 
 
 def test_plain_training_arguments_will_do(tmp_path, caplog):
-    """Without our fields the defaults hold: the linear rule by name, its period shortened to fit 4 nowcasts in."""
+    """Without our fields the defaults hold: the default rule by name, its period shortened to fit 4 nowcasts in."""
     trainer = NiNoTrainer(tiny_gpt2(), arguments(tmp_path, max_steps=40), train_dataset=tokens())
     trainer.train()
-    assert trainer.nowcasting.spec == "linear" and isinstance(trainer.nowcasting.nowcaster, Nowcaster)
+    assert trainer.nowcasting.spec == NOWCASTER and isinstance(trainer.nowcasting.nowcaster, Nowcaster)
     assert trainer.nowcasting.period == 10 and trainer.nowcasting.nowcasts >= 2
     assert trainer.nowcasting.outlook.horizon.policy == "lr-budget"
     assert sum("nowcast every 10 steps" in record.message for record in caplog.records) == 1
@@ -198,7 +199,7 @@ def test_arguments_can_be_given_on_a_command_line():
     assert (args.nowcast_patience, args.nowcast_max_failures, args.nowcast_observe_only) == (40, 2, True)
     assert (args.nowcast_undo_device, args.nowcast_probe_batches, args.nowcast_stop_fraction) == ("model", 3, 0.9)
     (defaults,) = parser.parse_args_into_dataclasses(["--output_dir", "out", "--use_cpu"])
-    assert (defaults.nowcaster, defaults.nowcast_period, defaults.nowcast_measure_loss) == ("linear", None, False)
+    assert (defaults.nowcaster, defaults.nowcast_period, defaults.nowcast_measure_loss) == (NOWCASTER, None, False)
     assert NiNoTrainingArguments("out", use_cpu=True).output_dir == "out"
     assert "nowcast_period" in parser.format_help()
 

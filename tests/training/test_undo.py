@@ -3,8 +3,9 @@
 import pytest
 import torch
 from torch import nn
-from training_helpers import parameters, same
+from training_helpers import same
 
+from hf_nino.training import make_store
 from hf_nino.training.undo import NoUndo, Undo
 
 OPTIMIZERS = {
@@ -39,10 +40,6 @@ def everything(net, optimizer):
     return {name: tensor.clone() for name, tensor in net.state_dict().items()} | state
 
 
-def live(net):
-    return {name: parameter.detach() for name, parameter in net.named_parameters()}
-
-
 @pytest.mark.parametrize("place", ["cpu", "model", "disk"])
 @pytest.mark.parametrize("kind", OPTIMIZERS)
 def test_everything_is_put_back_exactly_and_in_place(tmp_path, kind, place):
@@ -53,14 +50,14 @@ def test_everything_is_put_back_exactly_and_in_place(tmp_path, kind, place):
     for seed in range(3):
         step(net, optimizer, seed)
     undo = Undo(f"disk:{tmp_path}" if place == "disk" else place)
-    undo.keep(net, live(net), optimizer, {"anchor": torch.arange(3.0)}, 3)
+    undo.keep(make_store(net), optimizer, {"anchor": torch.arange(3.0)}, 3)
     kept = everything(net, optimizer)
     addresses = [p.data_ptr() for p in net.parameters()]
     for seed in range(3, 6):
         step(net, optimizer, seed)
     later = everything(net, optimizer)
     assert not same(kept, later)
-    memory = undo.restore(net, live(net), optimizer)
+    memory = undo.restore(make_store(net), optimizer)
     assert same(kept, everything(net, optimizer))
     assert [p.data_ptr() for p in net.parameters()] == addresses
     assert torch.equal(memory["anchor"], torch.arange(3.0))
@@ -75,10 +72,10 @@ def test_state_that_did_not_exist_is_gone_again():
     net = model()
     optimizer = OPTIMIZERS["adamw"](net.parameters())
     undo = Undo("cpu")
-    undo.keep(net, live(net), optimizer, {}, 0)
+    undo.keep(make_store(net), optimizer, {}, 0)
     step(net, optimizer, 0)
     first = everything(net, optimizer)
-    undo.restore(net, live(net), optimizer)
+    undo.restore(make_store(net), optimizer)
     assert len(optimizer.state) == 0
     step(net, optimizer, 0)
     assert same(first, everything(net, optimizer))
@@ -90,9 +87,9 @@ def test_the_learning_rate_goes_on_and_other_numbers_of_a_group_go_back():
     optimizer = OPTIMIZERS["sgd"](net.parameters())
     optimizer.param_groups[0]["d"] = 1.5
     undo = Undo("cpu")
-    undo.keep(net, live(net), optimizer, {}, 0)
+    undo.keep(make_store(net), optimizer, {}, 0)
     optimizer.param_groups[0].update(d=7.0, lr=0.01)
-    undo.restore(net, live(net), optimizer)
+    undo.restore(make_store(net), optimizer)
     assert (optimizer.param_groups[0]["d"], optimizer.param_groups[0]["lr"]) == (1.5, 0.01)
 
 
@@ -102,11 +99,11 @@ def test_what_was_saved_can_be_loaded():
     optimizer = OPTIMIZERS["adamw"](net.parameters())
     step(net, optimizer, 0)
     first, second = Undo("cpu"), Undo("cpu")
-    first.keep(net, live(net), optimizer, {"m": torch.ones(1)}, 1)
+    first.keep(make_store(net), optimizer, {"m": torch.ones(1)}, 1)
     kept = everything(net, optimizer)
     second.load(first.tensors(), first.numbers(), 1)
     step(net, optimizer, 1)
-    assert same(second.restore(net, live(net), optimizer), {"m": torch.ones(1)})
+    assert same(second.restore(make_store(net), optimizer), {"m": torch.ones(1)})
     assert same(kept, everything(net, optimizer))
 
 
@@ -123,4 +120,4 @@ def test_optimizers_with_a_memory_of_another_kind_are_named():
 
     optimizer.step(closure)
     with pytest.raises(NoUndo, match=r"LBFGS keeps '.*', a list"):
-        Undo("cpu").keep(net, parameters(net), optimizer, {}, 1)
+        Undo("cpu").keep(make_store(net), optimizer, {}, 1)

@@ -1,0 +1,340 @@
+"""A nowcast of several ranks is that of one process, and whatever happens on one rank happens on all."""
+
+import copy
+import logging
+import time
+
+import pytest
+import torch
+from backends import (
+    BACKENDS,
+    PERIOD,
+    alone,
+    apart,
+    bare_model,
+    drive,
+    every_backend,
+    same,
+    started,
+    used_model,
+    whole,
+    wrapped,
+)
+from launching import launch
+from torch import nn
+
+from hf_nino.nowcaster.base import Nowcaster
+from hf_nino.training import InvalidNowcast, NiNo
+
+pytestmark = pytest.mark.distributed
+
+STEPS = 2 * PERIOD
+EXACT = {"linear": "linear:context=3", "momentum": "momentum"}
+
+
+class Foreign(Nowcaster):
+    """Someone else's: it has a memory, knows nothing of shards, and needs whole states."""
+
+    context, period, max_horizon = 3, PERIOD, 4
+
+    def __init__(self):
+        self.anchor = {}
+
+    @property
+    def has_memory(self):
+        return True
+
+    def settle(self, state):
+        self.anchor = {name: tensor.clone() for name, tensor in state.items()}
+
+    def memory(self):
+        return dict(self.anchor)
+
+    def load_memory(self, memory):
+        self.anchor = dict(memory)
+
+    def nowcast(self, graph, states, horizon):
+        assert states[0]["2.weight"].shape[0] == 3  # all rows of it
+        return {
+            name: last + 0.5 * (last - states[0][name]) + 0.1 * (last - self.anchor[name]).mean()
+            for name, last in states[-1].items()
+        }
+
+
+class Failing(Foreign):
+    """Does what it is told on rank 1; elsewhere it is in order."""
+
+    def __init__(self, how, rank):
+        super().__init__()
+        self.how = how if rank == 1 else ""
+
+    def nowcast(self, graph, states, horizon):
+        prediction = super().nowcast(graph, states, horizon)
+        if self.how == "raises":
+            raise OverflowError("out of luck")
+        if self.how == "another shape":
+            prediction["2.weight"] = prediction["2.weight"][:1]
+        if self.how == "nan":
+            for tensor in prediction.values():
+                tensor.fill_(float("nan"))
+        return prediction
+
+
+class Heard(logging.Handler):
+    """What this process logs."""
+
+    def __init__(self):
+        super().__init__()
+        self.lines = []
+        logging.getLogger("hf_nino").addHandler(self)
+
+    def emit(self, record):
+        self.lines.append(record.getMessage())
+
+
+# -- the same nowcast -----------------------------------------------------------------------------------------------
+
+
+def _nowcasts(rank, kind):
+    found, heard = {}, Heard()
+    for name, nowcaster in {**EXACT, "spectral": "spectral", "foreign": Foreign()}.items():
+        nowcasting = started(wrapped(kind, bare_model(kind)), nowcaster)
+        states = drive(nowcasting, 1, STEPS)
+        found[name] = {
+            "states": states,
+            "written": nowcasting.nowcasts,
+            "kept": sum(t.numel() for t in nowcasting.nowcaster.memory().values()),
+            "norms": [event.relative_step_norm for event in nowcasting.events],
+            "reasons": [event.reason for event in nowcasting.events],
+        }
+    return found | {"heard": heard.lines}
+
+
+@pytest.mark.parametrize("kind", every_backend())
+def test_a_nowcast_of_several_ranks_is_that_of_one_process(tmp_path, kind):
+    """On the same states, rule nowcasters write the same bits as on one process, on every rank; spectral ones and
+    nowcasters that gather, within rounding.  Each rank carries its own rows alone."""
+    results = launch(_nowcasts, BACKENDS[kind], tmp_path, kind)
+    for name, nowcaster in {**EXACT, "spectral": "spectral", "foreign": Foreign()}.items():
+        expected = alone(kind, nowcaster, STEPS)
+        states = [result[name]["states"] for result in results]
+        assert [result[name]["reasons"] for result in results] == [["", ""]] * len(results)
+        assert {result[name]["written"] for result in results} == {2}
+        assert {tuple(result[name]["norms"]) for result in results} == {tuple(results[0][name]["norms"])}
+        for step in expected:
+            assert all(same(states[0][step], other[step]) for other in states)
+            if name in EXACT:
+                assert same(expected[step], states[0][step]), (name, step)
+            else:
+                assert apart(expected[step], states[0][step]) < 1e-5
+    total = sum(p.numel() for p in bare_model(kind).parameters() if p.requires_grad)
+    assert sum(result["momentum"]["kept"] for result in results) == 2 * total
+    assert sum("gathers all snapshots" in line for line in results[0]["heard"]) == 1
+    assert not any(result["heard"] for result in results[1:])
+
+
+# -- one rank's trouble is everyone's -------------------------------------------------------------------------------
+
+
+def _troubles(rank, kind):
+    found = {}
+    for how in ("raises", "another shape", "nan"):
+        nowcasting = started(wrapped(kind, bare_model(kind)), Failing(how, rank))
+        states = drive(nowcasting, 1, PERIOD)
+        found[how] = {"states": states, "reason": nowcasting.events[0].reason, "written": nowcasting.nowcasts}
+    nowcasting = started(wrapped(kind, bare_model(kind)), "linear:context=3")
+    keep = nowcasting.history._place.keep
+    if rank == 1:
+        nowcasting.history._place.keep = _broken
+    states = drive(nowcasting, 1, PERIOD)
+    found["no room"] = {"states": states, "reason": nowcasting.events[0].reason, "written": nowcasting.nowcasts}
+    nowcasting.history._place.keep = keep
+    found["and then"] = drive(nowcasting, PERIOD + 1, STEPS) and nowcasting.nowcasts
+    nowcasting = started(wrapped(kind, bare_model(kind)), Failing("raises", rank), on_invalid="raise")
+    with pytest.raises(InvalidNowcast) as caught:
+        drive(nowcasting, 1, PERIOD)
+    found["error"] = str(caught.value)
+    # A loss that one rank cannot measure.
+    nowcasting = started(wrapped(kind, bare_model(kind)), "linear:context=3", measure=lambda: 1.0 / (1 - rank))
+    drive(nowcasting, 1, PERIOD)
+    found["measured"] = nowcasting.events[0].loss_before
+    nowcasting = started(wrapped(kind, bare_model(kind)), "linear:context=3", measure=lambda: float(rank))
+    drive(nowcasting, 1, PERIOD)
+    found["mean"] = nowcasting.events[0].loss_before
+    return found
+
+
+def _broken(state, step):
+    raise MemoryError("no room")
+
+
+@pytest.mark.parametrize("kind", ["fsdp2", pytest.param("ddp", marks=pytest.mark.slow)])
+def test_what_fails_on_one_rank_is_skipped_on_all(tmp_path, kind):
+    """A rank that raises, predicts another shape or NaN, or cannot keep a snapshot: nobody hangs or writes, all give
+    the same reason, and the parameters stay the same bits."""
+    first, second = launch(_troubles, 2, tmp_path, kind)
+    expected = {
+        "raises": "rank 1: Failing failed (OverflowError: out of luck)",
+        "another shape": "rank 1: the prediction of '2.weight' has shape (1, ",
+        "nan": "not finite",
+        "no room": f"rank 1: the history failed (OSError: the snapshot of step {PERIOD - 2} could not be kept",
+    }
+    for how, reason in expected.items():
+        assert reason in first[how]["reason"] and first[how]["reason"] == second[how]["reason"]
+        assert first[how]["written"] == second[how]["written"] == 0
+        assert all(same(first[how]["states"][step], second[how]["states"][step]) for step in first[how]["states"])
+    assert first["and then"] == second["and then"] == 1
+    assert first["error"] == second["error"] and "out of luck" in first["error"]
+    assert first["measured"] is second["measured"] is None
+    assert first["mean"] == second["mean"] == 0.5
+
+
+def _slow(rank):
+    heard = Heard()
+    nowcasting = started(wrapped("ddp", bare_model()), "linear:context=3")
+    drive(nowcasting, 1, PERIOD)
+    nowcasting._longest = 40.0 if rank else 0.0  # seconds
+    drive(nowcasting, PERIOD + 1, 3 * PERIOD)
+    return {"events": [event.reason for event in nowcasting.events], "heard": heard.lines}
+
+
+def test_a_nowcast_that_could_outlast_the_time_out_is_not_begun(tmp_path):
+    """If one took more than half of the time-out on any rank, further ones are skipped on all, which is said once,
+    with the time-out and what to do."""
+    first, second = launch(_slow, 2, tmp_path, timeout=60)
+    assert first["events"] == second["events"] and first["events"][0] == ""
+    assert "40 s, more than half of the process group's time-out of 60 s" in first["events"][1]
+    assert sum("time-out of 60 s" in line for line in first["heard"]) == 1 and not second["heard"]
+
+
+def _dies(rank, folder):
+    nowcasting = started(wrapped("ddp", bare_model()), "linear:context=3")
+    if rank == 1:
+        return "gone"  # as if it had been killed: it leaves the group
+    begun = time.monotonic()
+    with pytest.raises(RuntimeError):
+        drive(nowcasting, 1, PERIOD)
+    return time.monotonic() - begun
+
+
+def test_a_rank_that_dies_is_an_error_and_not_a_hang(tmp_path):
+    """The others get torch's error within the time-out."""
+    seconds, _ = launch(_dies, 2, tmp_path, str(tmp_path), timeout=10)
+    assert seconds < 30
+
+
+# -- taking back ----------------------------------------------------------------------------------------------------
+
+
+class Spoil(Nowcaster):
+    """Ruins the model."""
+
+    context, period, max_horizon, works_on_shards = 3, 30, 4, True
+
+    def nowcast(self, graph, states, horizon, *, shards=None):
+        return {name: last + 5 * (last - states[0][name]) for name, last in states[-1].items()}
+
+
+def trained(model, optimizer, steps, rank, first=1, tell=True, accumulate=1, worse=0.0):
+    """States after each step; ranks but the first say that their loss is ``worse``."""
+    states = {}
+    for step in range(first, steps + 1):
+        optimizer.zero_grad()
+        for micro in range(accumulate):
+            data = torch.Generator().manual_seed(100 * step + 10 * micro + rank)
+            x = torch.randn(8, 5, generator=data)
+            loss = nn.functional.mse_loss(model(x), x[:, :3] * 0.5) / accumulate
+            loss.backward()
+            if tell:
+                optimizer.record_loss(loss + worse * rank)
+        optimizer.step()
+        states[step] = whole(optimizer.nowcasting.store)
+    return states
+
+
+def _taken_back(rank, kind):
+    model = wrapped(kind, used_model())
+    optimizer = NiNo(
+        torch.optim.AdamW(model.parameters(), lr=0.003),
+        model,
+        Spoil(),
+        horizon=4,
+        patience=12,
+    )
+    kept, undo = [], optimizer.nowcasting.undo
+    states = trained(model, optimizer, 30, rank)
+    kept = sum(t.numel() for name, t in undo.tensors().items() if name.startswith(("parameter/", "state/")))
+    state = copy.deepcopy(optimizer.base_optimizer.state_dict()["state"])
+    states |= trained(model, optimizer, 42, rank, first=31, worse=3.0)
+    back = copy.deepcopy(optimizer.base_optimizer.state_dict()["state"])
+    moments = all(
+        torch.equal(_local(value), _local(back[p][key])) for p, entry in state.items() for key, value in entry.items()
+    )
+    events = [(event.step, event.taken_back_to) for event in optimizer.nowcasting.events]
+    return {"states": states, "events": events, "moments": moments, "kept": kept}
+
+
+def _local(value):
+    return value.to_local() if hasattr(value, "to_local") else value
+
+
+@pytest.mark.parametrize("kind", ["ddp", *(pytest.param(kind, marks=pytest.mark.slow) for kind in ("fsdp2", "fsdp1"))])
+def test_ranks_take_a_nowcast_back_together(tmp_path, kind):
+    """One rank alone sees how bad it was, and the decision is the same everywhere; parameters and moments are the bits
+    from before, and of what is kept for that each rank has its share."""
+    results = launch(_taken_back, 2, tmp_path, kind)
+    total = sum(p.numel() for p in used_model().parameters())
+    for found in results:
+        assert found["events"] == [(30, None), (42, 30)] and found["moments"]
+        assert all(same(found["states"][step], results[0]["states"][step]) for step in found["states"])
+    states = results[0]["states"]
+    assert not same(states[30], states[42]) and apart(states[29], states[42]) < 0.05 < apart(states[29], states[30])
+    counters = sum(found["kept"] for found in results) - 3 * total
+    assert 0 <= counters <= 2 * 8  # step counts of every parameter
+
+
+# -- what training adds ---------------------------------------------------------------------------------------------
+
+
+def _trains(rank, how):
+    model = used_model()
+    if how == "checkpointing":
+        from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
+
+        model[2] = checkpoint_wrapper(model[2])
+    if how == "compile":
+        model = torch.compile(model, backend="eager")
+        model = nn.parallel.DistributedDataParallel(model)
+    else:
+        model = wrapped("ddp" if how == "accumulation" else "fsdp2", model)
+    base = torch.optim.AdamW(model.parameters(), lr=0.003)
+    optimizer = NiNo(base, model, "linear:context=3", period=PERIOD, horizon=1, patience=0)
+    names = [name for name, _, _ in optimizer.nowcasting.store.signature()]
+    with torch.autocast("cpu", torch.bfloat16, enabled=how == "autocast"):
+        states = trained(model, optimizer, STEPS, rank, accumulate=2 if how == "accumulation" else 1)
+    return {"states": states, "nowcasts": optimizer.nowcasting.nowcasts, "names": names}
+
+
+@pytest.mark.parametrize("how", ["autocast", "accumulation", "checkpointing", "compile"])
+def test_training_as_people_train(tmp_path, how):
+    """bf16 autocast, gradient accumulation, activation checkpointing and compiled models: nowcasts come when due,
+    under the bare model's names, and ranks stay together."""
+    first, second = launch(_trains, 2, tmp_path, how)
+    expected = {name for name, _ in used_model().named_parameters()}
+    assert set(first["names"]) == expected
+    assert first["nowcasts"] == second["nowcasts"] == 2
+    assert all(same(first["states"][step], second["states"][step]) for step in first["states"])
+
+
+def _losses(rank):
+    """Rank 1 does not tell its losses."""
+    model = wrapped("ddp", used_model())
+    base = torch.optim.AdamW(model.parameters(), lr=0.003)
+    optimizer = NiNo(base, model, "linear:context=3", period=30, horizon=1, patience=12)
+    trained(model, optimizer, 45, rank, tell=rank == 0)
+    return optimizer.nowcasting.nowcasts, optimizer.nowcasting.losses.read()
+
+
+def test_losses_that_one_rank_alone_tells_are_not_used(tmp_path):
+    """A loop that records its loss on the first rank only is not watched, and does not hang."""
+    assert launch(_losses, 2, tmp_path) == [(1, []), (1, [])]
