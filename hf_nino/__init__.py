@@ -12,6 +12,7 @@ from ._version import __version__
 
 if TYPE_CHECKING:
     from .graph import NeuralGraph
+    from .merging import merge_models
     from .nowcaster import (
         LinearNowcaster,
         MomentumNowcaster,
@@ -36,6 +37,7 @@ if TYPE_CHECKING:
 
 _HOME = {
     "NeuralGraph": "graph",
+    "merge_models": "merging",
     "LinearNowcaster": "nowcaster",
     "MomentumNowcaster": "nowcaster",
     "NiNoModel": "nowcaster",
@@ -75,6 +77,7 @@ __all__ = [
     "__version__",
     "convert_original",
     "load_nowcaster",
+    "merge_models",
 ]
 
 

@@ -10,6 +10,7 @@ from typing import Annotated
 import typer
 
 from ._version import __version__
+from .defaults import NOWCASTER
 
 app = typer.Typer(
     name="hf-nino",
@@ -57,6 +58,12 @@ class RecordedDtype(str, Enum):
     float16 = "float16"
 
 
+class MergeMethod(str, Enum):
+    nowcast = "nowcast"
+    average = "average"
+    task_arithmetic = "task-arithmetic"
+
+
 class PictureFormat(str, Enum):
     png = "png"
     svg = "svg"
@@ -66,7 +73,7 @@ class PictureFormat(str, Enum):
 @app.command()
 def demo(
     arch: Annotated[Arch, typer.Option(help="Which architecture to train.")] = Arch.gpt2,
-    nowcaster: Annotated[str, typer.Option(help="Name, folder or repo id of a nowcaster.")] = "linear",
+    nowcaster: Annotated[str, typer.Option(help="Name, folder or repo id of a nowcaster.")] = NOWCASTER,
     steps: Annotated[int, typer.Option(help="Optimizer steps of each of the two runs.")] = 4000,
     out: Annotated[Path | None, typer.Option(help="Folder for the results. [default: runs/demo-ARCH]")] = None,
     seed: Annotated[int, typer.Option(help="Seed of the parameters and of the data order.")] = 0,
@@ -152,7 +159,7 @@ def graph(
 @app.command()
 def estimate(
     model: Annotated[str, typer.Argument(help="A folder, config.json, model type or repo id.", metavar="MODEL")],
-    nowcaster: Annotated[str, typer.Option(help="Name, folder or repo id of a nowcaster.")] = "linear",
+    nowcaster: Annotated[str, typer.Option(help="Name, folder or repo id of a nowcaster.")] = NOWCASTER,
     period: Annotated[int | None, typer.Option(help="Steps between nowcasts. [default: the nowcaster's own]")] = None,
     history_device: Annotated[str, typer.Option(help="Where snapshots live: cpu, model or disk:PATH.")] = "cpu",
     history_dtype: Annotated[str, typer.Option(help="Dtype of snapshots.")] = "float32",
@@ -238,12 +245,18 @@ def meta_train(
     context: Annotated[int | None, typer.Option(help="Snapshots that it reads.")] = None,
     max_horizon: Annotated[int | None, typer.Option(help="Largest horizon, in intervals.")] = None,
     period: Annotated[int | None, typer.Option(help="Steps between nowcasts that it is made for.")] = None,
+    horizon_input: Annotated[bool, typer.Option("--horizon-input", help="The horizon as an input.")] = False,
+    rate_input: Annotated[bool, typer.Option("--rate-input", help="Learning rates as inputs.")] = False,
     intervals: Annotated[
         str | None, typer.Option(help="Steps between snapshots, such as 25-100. [default: around period / context]")
     ] = None,
     steps: Annotated[int, typer.Option(help="Meta-training steps.")] = 20_000,
     batch_size: Annotated[int, typer.Option(help="Trajectories per step and process.")] = 4,
     slices: Annotated[int, typer.Option(help="Slices of each of them.")] = 4,
+    horizons: Annotated[int, typer.Option(help="Horizons of each slice, with either of the inputs.")] = 4,
+    target_neighbours: Annotated[
+        int, typer.Option(help="Recorded snapshots on each side that targets are averaged with.")
+    ] = 0,
     learning_rate: Annotated[float, typer.Option(help="Peak learning rate.")] = 3e-3,
     held_out_tasks: Annotated[
         str | None, typer.Option(help="Patterns of tasks to keep out, or none. [default: a tenth]")
@@ -271,6 +284,8 @@ def meta_train(
         context=context,
         max_horizon=max_horizon,
         period=period,
+        horizon_input=horizon_input,
+        rate_input=rate_input,
         intervals=intervals,
         held_out_tasks=held_out_tasks,
         report_to=report_to,
@@ -278,6 +293,8 @@ def meta_train(
         steps=steps,
         batch_size=batch_size,
         slices=slices,
+        horizons=horizons,
+        target_neighbours=target_neighbours,
         learning_rate=learning_rate,
         seed=seed,
     )
@@ -376,6 +393,157 @@ def engine(
         max_parameters=count(max_parameters),
         nowcaster=nowcaster,
         original=original,
+    )
+
+
+@app.command("report")
+def run_report(
+    run: Annotated[Path, typer.Argument(help="Folder of a Trainer or of the demo, or a run's JSON of the benchmark.")],
+    out: Annotated[
+        Path | None, typer.Option(help="The page. [default: nino_report.html in RUN; NAME.html beside a file]")
+    ] = None,
+    json: Annotated[bool, typer.Option("--json", help="Print the numbers as JSON.")] = False,
+) -> None:
+    """Turn a run into one page: loss with nowcasts, what each brought, horizons, time, memory, the parameters' path.
+
+    The page is one HTML file that loads nothing. What a run did not record is left out, and the page says so.
+
+    Example: hf-nino report runs/trainer --out report.html
+    """
+    from .commands.report import report_run
+
+    report_run(run, typer.echo, out=out, as_json=json)
+
+
+@app.command()
+def nowcast(
+    checkpoints: Annotated[
+        list[str],
+        typer.Argument(help="A run's folder, or its checkpoints, oldest first.", metavar="RUN_OR_CHECKPOINTS"),
+    ],
+    out: Annotated[Path, typer.Option(help="Folder for the new checkpoint.")],
+    nowcaster: Annotated[str, typer.Option(help="Name, folder or repo id of a nowcaster.")] = "linear",
+    horizon: Annotated[
+        int | None, typer.Option(help="Intervals ahead; one is the spacing of the checkpoints. [default: one period]")
+    ] = None,
+    model: Annotated[
+        str | None, typer.Option(help="Folder, config.json, model type or repo id. [default: the last checkpoint's]")
+    ] = None,
+    device: Annotated[
+        Device | None, typer.Option(help="Where a nowcaster with weights computes. [default: cpu]")
+    ] = None,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace what is in the folder.")] = False,
+    json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+) -> None:
+    """Predict a checkpoint from the last ones of a run; training resumes from it.
+
+    Folders of Trainer and of accelerate, sharded or not, and files (.safetensors, .pt, .bin) will do. Of a run's
+    folder the newest equally spaced checkpoints are taken. Nothing is written if the nowcast is implausible.
+
+    Example: hf-nino nowcast runs/trainer --nowcaster linear --horizon 3 --out runs/nowcast
+    """
+    from .commands.nowcast import nowcast as nowcast_run
+
+    nowcast_run(
+        checkpoints,
+        out,
+        typer.echo,
+        nowcaster=nowcaster,
+        horizon=horizon,
+        model=model,
+        device=device.value if device else None,
+        overwrite=overwrite,
+        as_json=json,
+    )
+
+
+@app.command()
+def merge(
+    base: Annotated[str, typer.Argument(help="Checkpoint that the others were fine-tuned from.", metavar="BASE")],
+    fine_tuned: Annotated[list[str], typer.Argument(help="Two or more of them.", metavar="MODEL")],
+    out: Annotated[Path, typer.Option(help="Folder for the merged model.")],
+    nowcaster: Annotated[str | None, typer.Option(help="Name, folder or repo id, for the method nowcast.")] = None,
+    method: Annotated[MergeMethod, typer.Option(help="How.")] = MergeMethod.nowcast,
+    scale: Annotated[float | None, typer.Option(help="Of the step. [default: 1; task arithmetic: 0.4]")] = None,
+    horizons: Annotated[
+        str | None, typer.Option(help="Whose nowcasts are averaged. [default: 1,2,3,4,5, as far as it goes]")
+    ] = None,
+    order: Annotated[
+        str | None, typer.Option(help="Which model each snapshot is, 0 the base, such as 0,1,2,2,1.")
+    ] = None,
+    rotate: Annotated[
+        bool | None, typer.Option(help="Average over all rotations of the models. [default: with rules]")
+    ] = None,
+    keep: Annotated[
+        list[str] | None, typer.Option(help="Pattern of parameters that stay the base's; may be repeated.")
+    ] = None,
+    model: Annotated[
+        str | None, typer.Option(help="Folder, config.json, model type or repo id. [default: the base's]")
+    ] = None,
+    device: Annotated[
+        Device | None, typer.Option(help="Where a nowcaster with weights computes. [default: cpu]")
+    ] = None,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace what is in the folder.")] = False,
+    json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+) -> None:
+    """Merge models that were fine-tuned from one base: with a nowcaster, by averaging, or by task arithmetic.
+
+    A nowcaster takes base and models for a trajectory. Published results beat averaging in some cases only: compare.
+
+    Example: hf-nino merge base math code --nowcaster ./nino-no-posw --out merged
+    """
+    from .commands.merge import merge as merge_checkpoints
+
+    merge_checkpoints(
+        base,
+        fine_tuned,
+        out,
+        typer.echo,
+        nowcaster=nowcaster,
+        method=method.value,
+        scale=scale,
+        horizons=horizons,
+        order=order,
+        rotate=rotate,
+        keep=keep or (),
+        model=model,
+        device=device.value if device else None,
+        overwrite=overwrite,
+        as_json=json,
+    )
+
+
+@app.command()
+def push(
+    nowcaster: Annotated[
+        str, typer.Argument(help="A folder, or another name of a nowcaster with weights.", metavar="FOLDER_OR_NAME")
+    ],
+    repo_id: Annotated[str, typer.Argument(help="Repository on the Hub.", metavar="ORG/NAME")],
+    private: Annotated[bool, typer.Option("--private", help="For nobody else to see.")] = False,
+    revision: Annotated[str | None, typer.Option("--revision", "--branch", help="Branch. [default: main]")] = None,
+    message: Annotated[str | None, typer.Option(help="Of the commit.")] = None,
+    token: Annotated[str | None, typer.Option(help="With the right to write. [default: of hf auth login]")] = None,
+    license: Annotated[str | None, typer.Option(help="For the model card, if one is written. [default: mit]")] = None,
+    json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+) -> None:
+    """Push a nowcaster to the Hub: configuration, weights, and a model card, written where there is none.
+
+    It is loaded before: what does not load is not pushed. Prints the commit, which runs can name for good.
+
+    Example: hf-nino push runs/nowcaster me/my-nowcaster --private
+    """
+    from .commands.push import push as push_to_hub
+
+    push_to_hub(
+        nowcaster,
+        repo_id,
+        typer.echo,
+        as_json=json,
+        private=private,
+        revision=revision,
+        message=message,
+        token=token,
+        license=license,
     )
 
 

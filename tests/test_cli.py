@@ -12,6 +12,10 @@ from hf_nino import __version__, cli, load_nowcaster
 
 COMMANDS = [
     "demo",
+    "report",
+    "nowcast",
+    "merge",
+    "push",
     "convert",
     "graph",
     "estimate",

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from ..defaults import NOWCASTER
 from ..graph.source import configuration, model_class
 from ..training.estimate import TOO_MUCH, Estimate, calibrate, estimate, matrix_rate, readable, step_seconds
 from ..training.nowcasting import resolve_nowcaster
@@ -21,7 +22,7 @@ TRIAL = 0.2
 
 def estimate_model(
     model: str,
-    nowcaster: str = "linear",
+    nowcaster: str = NOWCASTER,
     *,
     period: int | None = None,
     history_device: str = "cpu",
