@@ -5,6 +5,8 @@ LOWEST_VENV ?= .venv-lowest
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 LOWEST_STAMP := $(LOWEST_VENV)/.installed
+# One process for each core; the tests of a module stay together, because they share what takes long to make.
+PYTEST := -m pytest -n logical --dist loadscope
 export HF_HUB_OFFLINE ?= 1
 export TOKENIZERS_PARALLELISM ?= false
 
@@ -21,10 +23,10 @@ help:
 install: $(STAMP)
 
 test: $(STAMP)
-	$(BIN)/python -m pytest $(ARGS)
+	$(BIN)/python $(PYTEST) $(ARGS)
 
 slow: $(STAMP)
-	$(BIN)/python -m pytest -m slow $(ARGS)
+	$(BIN)/python $(PYTEST) -m slow $(ARGS)
 
 lint: $(STAMP)
 	$(BIN)/ruff check .
@@ -38,7 +40,7 @@ bench: $(STAMP)
 
 # Old packages warn about new ones: here only our own warnings are errors.
 test-lowest: $(LOWEST_STAMP)
-	$(LOWEST_VENV)/bin/python -m pytest -o filterwarnings="error:::hf_nino" $(ARGS)
+	$(LOWEST_VENV)/bin/python $(PYTEST) -o filterwarnings="error:::hf_nino" $(ARGS)
 
 $(STAMP): setup.cfg pyproject.toml constraints/ci.txt
 	$(call install,$(VENV),constraints/ci.txt)

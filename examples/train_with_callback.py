@@ -26,7 +26,7 @@ from hf_nino.demo.text import king_james_bible, split
 class ScriptArguments:
     """What this script adds to TrainingArguments."""
 
-    nowcaster: str = field(default="linear", metadata={"help": "Name, folder or repo id of a nowcaster."})
+    nowcaster: str = field(default="spectral", metadata={"help": "Name, folder or repo id of a nowcaster."})
     period: int = field(default=50, metadata={"help": "Optimizer steps between nowcasts."})
     characters: int = field(default=500_000, metadata={"help": "How much of the text to train on."})
     block_length: int = field(default=64, metadata={"help": "Tokens of one example."})

@@ -110,7 +110,9 @@ def _panel(axes: Axes, sweeps: Mapping[str, Sweep], colours: Mapping[str, Look])
         lost = [rate for rate in line if not math.isfinite(line[rate])]
         where = {"transform": axes.get_xaxis_transform(), "linestyle": "none", "clip_on": False}
         if lost:
-            axes.plot(lost, [1 - 0.035 * i] * len(lost), marker="x", markersize=6, markeredgewidth=1.5, **where, **style)
+            axes.plot(
+                lost, [1 - 0.035 * i] * len(lost), marker="x", markersize=6, markeredgewidth=1.5, **where, **style
+            )
     _ticks(axes, sorted({rate for line in lines.values() for rate in line}))
     tidy(axes)
 
