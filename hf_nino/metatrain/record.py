@@ -4,12 +4,10 @@ from __future__ import annotations
 
 import json
 import math
-import multiprocessing
-import os
 import time
 import traceback
 from collections.abc import Callable, Sequence
-from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures import as_completed
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -19,9 +17,9 @@ import torch
 from tqdm.auto import tqdm
 from transformers.utils import logging
 
-from ..bench.training.runner import cores
 from ..bench.training.tasks.base import Task
 from ..training.estimate import readable
+from ..workers import cores, threads_of_each, workers
 from .card import write_dataset
 from .recipe import Recipe
 from .shards import write_text
@@ -111,12 +109,12 @@ def record_tasks(
     done = len(wanted) - len(missing)
     stacks = list(in_stacks(missing, stack))
     say(f"{len(wanted)} runs of {len(chosen)} tasks; {done} are recorded already.")
-    threads = torch.get_num_threads() if jobs == 1 else max(1, cores() // jobs)
+    threads = torch.get_num_threads() if jobs == 1 else threads_of_each(jobs)
     engines, cost = plan_cost(stacks, chosen, recipe, cache, torch.device(device), threads)
     if missing:
         say(_told(cost, jobs, out))
     started = time.perf_counter()
-    failures = _work(stacks, engines, recipe, out, cache, device, jobs, threads)
+    failures = _work(stacks, engines, recipe, out, cache, device, jobs)
     summary = _summary(wanted, recipe, out, engines, failures, time.perf_counter() - started, device)
     write_text(out / SUMMARY, json.dumps(summary, indent=1) + "\n")
     if len(failures) < len(stacks) or done:
@@ -215,7 +213,6 @@ def _work(
     cache: Path,
     device: str,
     jobs: int,
-    threads: int,
 ) -> list[str]:
     """Do all stacks; the tracebacks of those that failed."""
     failures: list[str] = []
@@ -226,43 +223,22 @@ def _work(
                 failed = _do(settings, engines[settings[0].task], recipe, out, cache, device, progress.update)
                 failures += [failed] if failed else []
             return failures
-        before = os.environ.get("OMP_NUM_THREADS")
-        os.environ["OMP_NUM_THREADS"] = str(threads)  # workers read it when they start
-        pool = ProcessPoolExecutor(
-            min(jobs, len(stacks)) or 1,
-            mp_context=multiprocessing.get_context("spawn"),
-            initializer=_begin_worker,
-            initargs=(threads,),
-        )
         try:
-            pending = {
-                pool.submit(_do, settings, engines[settings[0].task], recipe, out, cache, device): settings
-                for settings in stacks
-            }
-            for future in as_completed(pending):
-                failed = future.result()
-                failures += [failed] if failed else []
-                progress.update(sum(one.steps for one in pending[future]))
+            with workers(jobs) as pool:
+                pending = {
+                    pool.submit(_do, settings, engines[settings[0].task], recipe, out, cache, device): settings
+                    for settings in stacks
+                }
+                for future in as_completed(pending):
+                    failed = future.result()
+                    failures += [failed] if failed else []
+                    progress.update(sum(one.steps for one in pending[future]))
         except BrokenProcessPool as error:
             raise ChildProcessError(
                 "A process was killed, for want of memory perhaps: the same command with fewer `jobs` goes on where "
                 "it stopped"
             ) from error
-        finally:
-            processes = list(pool._processes.values())  # the pool forgets them when it is shut down
-            pool.shutdown(wait=False, cancel_futures=True)
-            for process in processes:
-                process.terminate()
-            if before is None:
-                os.environ.pop("OMP_NUM_THREADS")
-            else:
-                os.environ["OMP_NUM_THREADS"] = before
     return failures
-
-
-def _begin_worker(threads: int) -> None:
-    torch.set_num_threads(threads)
-    logging.set_verbosity_error()
 
 
 def _do(
