@@ -5,10 +5,18 @@ import itertools
 import pytest
 import torch
 from accelerate import Accelerator
+from accelerate.state import AcceleratorState, GradientState
 from torch import nn
 from training_helpers import MAX_STEPS, PERIOD, Line, Pull, RawLoop, Stay, mlp, parameters, same
 
 from hf_nino.training import NiNo
+
+
+@pytest.fixture(autouse=True)
+def accelerate_afresh():
+    """accelerate keeps its state for the whole process: settings of other modules' tests must not come in."""
+    AcceleratorState._reset_state(reset_partial_state=True)
+    GradientState._reset_state()
 
 
 def make(model, nowcaster=None, base=torch.optim.AdamW, **options):
