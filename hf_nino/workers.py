@@ -7,6 +7,7 @@ import os
 import threading
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
 
 import torch
@@ -29,6 +30,9 @@ def workers(jobs: int) -> Iterator[ProcessPoolExecutor]:
     """A pool of ``jobs`` new processes with :func:`threads_of_each`, which only log errors.
 
     At the end they are terminated, finished or not; and a worker whose parent dies, however it does, dies too.
+
+    Raises:
+        ChildProcessError: one of them was killed, for want of memory perhaps.
     """
     before, threads = os.environ.get("OMP_NUM_THREADS"), threads_of_each(jobs)
     os.environ["OMP_NUM_THREADS"] = str(threads)  # workers read it when they start
@@ -36,6 +40,11 @@ def workers(jobs: int) -> Iterator[ProcessPoolExecutor]:
     pool = ProcessPoolExecutor(jobs, mp_context=context, initializer=_begin, initargs=(threads,))
     try:
         yield pool
+    except BrokenProcessPool as error:
+        raise ChildProcessError(
+            "A process was killed, for want of memory perhaps: the same command with fewer `jobs` goes on where it "
+            "stopped"
+        ) from error
     finally:
         processes = list((pool._processes or {}).values())  # shutting down forgets them
         pool.shutdown(wait=False, cancel_futures=True)

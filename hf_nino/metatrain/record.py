@@ -8,7 +8,6 @@ import time
 import traceback
 from collections.abc import Callable, Sequence
 from concurrent.futures import as_completed
-from concurrent.futures.process import BrokenProcessPool
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -223,21 +222,15 @@ def _work(
                 failed = _do(settings, engines[settings[0].task], recipe, out, cache, device, progress.update)
                 failures += [failed] if failed else []
             return failures
-        try:
-            with workers(jobs) as pool:
-                pending = {
-                    pool.submit(_do, settings, engines[settings[0].task], recipe, out, cache, device): settings
-                    for settings in stacks
-                }
-                for future in as_completed(pending):
-                    failed = future.result()
-                    failures += [failed] if failed else []
-                    progress.update(sum(one.steps for one in pending[future]))
-        except BrokenProcessPool as error:
-            raise ChildProcessError(
-                "A process was killed, for want of memory perhaps: the same command with fewer `jobs` goes on where "
-                "it stopped"
-            ) from error
+        with workers(jobs) as pool:
+            pending = {
+                pool.submit(_do, settings, engines[settings[0].task], recipe, out, cache, device): settings
+                for settings in stacks
+            }
+            for future in as_completed(pending):
+                failed = future.result()
+                failures += [failed] if failed else []
+                progress.update(sum(one.steps for one in pending[future]))
     return failures
 
 

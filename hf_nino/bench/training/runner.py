@@ -9,7 +9,6 @@ import time
 import traceback
 from collections.abc import Callable
 from concurrent.futures import FIRST_COMPLETED, Future, wait
-from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -119,28 +118,22 @@ def _work(matrix: Matrix, out: Path, outcomes: dict[RunSpec, Outcome], jobs: int
     """Runs until the plan wants no more."""
     pending: dict[Future, RunSpec] = {}
     progress = tqdm(total=expected, initial=len(outcomes), desc="runs", unit="run", smoothing=0.1)
-    try:
-        with progress, workers(jobs) as pool:
-            while True:
-                found = _plan(matrix, out, outcomes)
-                _choose(out / CHOICES, found.choices)
-                running = set(pending.values())
-                for spec in [spec for spec in found.runs if spec not in running][: jobs - len(pending)]:
-                    pending[pool.submit(_run, spec, out, device)] = spec
-                if not pending:
-                    return found
-                progress.total = max(len(found.wanted), expected)
-                for future in wait(pending, return_when=FIRST_COMPLETED).done:
-                    spec = pending.pop(future)
-                    future.result()
-                    outcomes[spec] = _finished(spec, out)
-                    progress.update()
-                    progress.set_postfix_str(f"{spec.task} {spec.method}", refresh=False)
-    except BrokenProcessPool as error:
-        raise ChildProcessError(
-            "A process of the benchmark was killed, for want of memory perhaps: the same command with fewer `jobs` "
-            "goes on where it stopped"
-        ) from error
+    with progress, workers(jobs) as pool:
+        while True:
+            found = _plan(matrix, out, outcomes)
+            _choose(out / CHOICES, found.choices)
+            running = set(pending.values())
+            for spec in [spec for spec in found.runs if spec not in running][: jobs - len(pending)]:
+                pending[pool.submit(_run, spec, out, device)] = spec
+            if not pending:
+                return found
+            progress.total = max(len(found.wanted), expected)
+            for future in wait(pending, return_when=FIRST_COMPLETED).done:
+                spec = pending.pop(future)
+                future.result()
+                outcomes[spec] = _finished(spec, out)
+                progress.update()
+                progress.set_postfix_str(f"{spec.task} {spec.method}", refresh=False)
 
 
 def _plan(matrix: Matrix, out: Path, outcomes: dict[RunSpec, Outcome]) -> Plan:
