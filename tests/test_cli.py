@@ -1,6 +1,7 @@
 """The hf-nino command: every command does what its help says, and fails in one line."""
 
 import json
+import subprocess
 import sys
 
 import pytest
@@ -66,6 +67,29 @@ def test_the_list_of_commands_is_complete():
             yield from names(command, f"{before}{name} ") if hasattr(command, "commands") else ()
 
     assert sorted(names(typer.main.get_command(cli.app))) == sorted(COMMANDS)
+
+
+def test_help_does_not_wait_for_torch():
+    """Reading the options imports nothing that takes seconds; what commands do, does (the control)."""
+    code = "import sys; from hf_nino import cli; print('torch' in sys.modules); "
+    code += "import hf_nino.commands.graph; print('torch' in sys.modules)"
+    out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=120)
+    assert out.stdout.split() == ["False", "True"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "choices"),
+    [
+        (("demo", "--arch", "bert"), ("gpt2", "llama")),
+        (("record", "--device", "tpu"), ("cpu", "cuda")),
+        (("merge", "a", "b", "c", "--out", "d", "--method", "vote"), ("nowcast", "average", "task-arithmetic")),
+    ],
+)
+def test_a_value_that_is_no_choice_is_refused_with_the_choices(arguments, choices):
+    """Before anything is done, with the exit code of wrong usage."""
+    result = CliRunner().invoke(cli.app, list(arguments))
+    assert result.exit_code == 2
+    assert all(f"'{choice}'" in result.output for choice in choices)
 
 
 def test_version_prints_the_version():

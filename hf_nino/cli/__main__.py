@@ -1,0 +1,5 @@
+"""``python -m hf_nino.cli``."""
+
+from . import main
+
+main()
