@@ -2,6 +2,7 @@
 
 import ast
 import re
+import runpy
 import shlex
 import sys
 import warnings
@@ -9,16 +10,20 @@ from functools import cache
 from pathlib import Path
 from types import ModuleType
 
+import huggingface_hub.hf_api
 import pytest
 import torch
 import typer
 from accelerate.state import AcceleratorState, GradientState
 from datasets import Dataset
+from huggingface_hub import constants
 from transformers import GPT2Config, GPT2LMHeadModel
 
-from hf_nino import cli
+import hf_nino
+from hf_nino import WNNModel, cli
 from hf_nino.graph import operators  # noqa: F401 (all rules are registered, before a page adds one)
 from hf_nino.graph.registry import RULES
+from hf_nino.nowcaster import NowcasterConfig
 
 ROOT = Path(__file__).parents[1]
 PAGES = {
@@ -64,9 +69,34 @@ def reader(tmp_path, monkeypatch):
     GradientState._reset_state()
 
 
+@pytest.fixture
+def hub(tmp_path, monkeypatch):
+    """What the client takes for the Hub: a server on this machine, with the nowcaster that the page loads."""
+    monkeypatch.syspath_prepend(ROOT / "tests" / "hub")
+    from fake_hub import WRITER, FakeHub
+
+    server = FakeHub()
+    monkeypatch.setattr(constants, "ENDPOINT", server.url)
+    template = server.url + "/{repo_id}/resolve/{revision}/{filename}"
+    monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)
+    monkeypatch.setattr(huggingface_hub.hf_api.api, "endpoint", server.url)
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(constants, "HF_TOKEN_PATH", str(tmp_path / "token"))
+    monkeypatch.setenv("HF_TOKEN", WRITER)
+    WNNModel(NowcasterConfig(nowcaster_type="wnn", hidden_size=8, period=10)).save_pretrained(tmp_path / "pushed")
+    files = {path.name: path.read_bytes() for path in (tmp_path / "pushed").iterdir()}
+    repository = server.repository("org/nowcaster", files)
+    repository.refs["v1"] = repository.refs["main"]
+    yield server
+    server.stop()
+
+
 @pytest.mark.parametrize("page", [page for page, text in PAGES.items() if blocks(text, "python")])
-def test_the_python_of_a_page_runs(page, reader, monkeypatch):
+def test_the_python_of_a_page_runs(page, reader, monkeypatch, request):
     """All blocks of a page, one after the other, as a reader would type them."""
+    if page == "docs/hub.md":
+        request.getfixturevalue("hub")
     monkeypatch.setattr("pydoc.pager", lambda *arguments: None)  # help() would wait for a key
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
@@ -83,6 +113,8 @@ def test_the_shell_commands_of_the_pages_parse(line):
         parse(words[1:])
     elif words[0] == "make":
         assert re.search(rf"^{words[1]}:", (ROOT / "Makefile").read_text("utf-8"), re.M)
+    elif words[0] == "python":
+        assert (ROOT / words[1]).is_file()
     else:
         assert words[:2] == ["pip", "install"]
 
@@ -135,6 +167,16 @@ def test_the_index_has_every_page():
     """A page that nobody links to is not found."""
     linked = set(re.findall(r"\]\(([\w-]+\.md)\)", PAGES["docs/README.md"]))
     assert linked == {path.name for path in (ROOT / "docs").glob("*.md")} - {"README.md"}
+
+
+def test_the_api_reference_is_what_the_docstrings_say(monkeypatch):
+    """`make docs` would change nothing, every public name is there, and another docstring would be noticed."""
+    make = runpy.run_path(str(ROOT / "docs" / "make_api.py"))["page"]
+    page = PAGES["docs/api.md"]
+    assert make() == page, "docs/api.md is out of date: make docs"
+    assert all(f"### `{name}`\n" in page for name in hf_nino.__all__ if name != "__version__")
+    monkeypatch.setattr(hf_nino.load_nowcaster, "__doc__", "Something else.")
+    assert make() != page
 
 
 def fragments() -> list[str]:
