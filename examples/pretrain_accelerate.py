@@ -11,10 +11,14 @@ Any architecture of transformers, any data set of the Hub, on several devices:
         --tokenizer_name Qwen/Qwen3-0.6B --dataset_name Salesforce/wikitext --dataset_config_name wikitext-103-raw-v1 \
         --block_size 512 --max_steps 20000 --save_steps 2000
 
+The same file runs under `python`, `torchrun` and `accelerate launch`, with the configurations that hf_nino ships for
+DDP, FSDP2 and ZeRO-2; several processes on a CPU need `--use_cpu` (see docs/recipes.md).
+
 The loop has what real ones have: warm-up and decay of the learning rate, gradient accumulation and clipping,
 evaluation, checkpoints, and `--resume_from_checkpoint runs/pretrain/step-2000`.
 """
 
+import os
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -86,7 +90,10 @@ class LoopArguments:
     eval_steps: int = field(default=100, metadata={"help": "Steps between evaluations."})
     save_steps: int | None = field(default=None, metadata={"help": "Steps between checkpoints. Default: none."})
     resume_from_checkpoint: str | None = field(default=None, metadata={"help": "Folder of a checkpoint."})
-    mixed_precision: str | None = field(default=None, metadata={"help": "'no', 'fp16' or 'bf16'."})
+    mixed_precision: str | None = field(
+        default=None, metadata={"help": "'no', 'fp16' or 'bf16'. Default: what the launcher says, else 'no'."}
+    )
+    use_cpu: bool = field(default=False, metadata={"help": "Train on the CPU; several processes on a CPU need it."})
     seed: int = field(default=0, metadata={"help": "Of weights and of the order of examples."})
 
 
@@ -115,6 +122,19 @@ def build_model(args: ModelArguments, tokenizer: PreTrainedTokenizerBase, block_
     return AutoModelForCausalLM.from_config(config)
 
 
+def start(args: LoopArguments) -> Accelerator:
+    """The accelerator, once it is certain that the processes know of each other."""
+    accelerator = Accelerator(
+        cpu=args.use_cpu,
+        gradient_accumulation_steps=args.gradient_accumulation_steps,
+        mixed_precision=args.mixed_precision,
+        step_scheduler_with_optimizer=False,
+    )
+    if accelerator.num_processes != int(os.environ.get("WORLD_SIZE", "1")):
+        raise ValueError("the processes were started together but would train apart: without a GPU, pass --use_cpu")
+    return accelerator
+
+
 @torch.no_grad()
 def evaluate(model: torch.nn.Module, loader: DataLoader, accelerator: Accelerator) -> float:
     """Mean loss over all batches, in nats per token."""
@@ -128,11 +148,8 @@ def main() -> None:
     model_args, data_args, args = HfArgumentParser(
         (ModelArguments, DataArguments, LoopArguments)
     ).parse_args_into_dataclasses()
-    accelerator = Accelerator(
-        gradient_accumulation_steps=args.gradient_accumulation_steps,
-        mixed_precision=args.mixed_precision,
-        step_scheduler_with_optimizer=False,
-    )
+    accelerator = start(args)
+    accelerator.print(f"{accelerator.distributed_type.name}, number of processes: {accelerator.num_processes}")
     set_seed(args.seed)
 
     text, held_back = load_texts(data_args)
@@ -182,14 +199,20 @@ def main() -> None:
             progress.update()
             if step % args.eval_steps == 0 or step == args.max_steps:
                 loss = evaluate(model, eval_loader, accelerator)
-                progress.write(f"step {step}: evaluation loss {loss:.4f}, {nino.nowcasting.nowcasts} nowcasts so far")
+                said = f"step {step}: evaluation loss {loss:.4f}, {nino.nowcasting.nowcasts} nowcasts so far"
+                if accelerator.is_main_process:
+                    progress.write(said)
             if args.save_steps and step % args.save_steps == 0:
                 accelerator.save_state(str(Path(args.output_dir, f"step-{step}")))
             if step == args.max_steps or step % steps_per_epoch == 0:
                 break
     progress.close()
     accelerator.wait_for_everyone()
-    accelerator.unwrap_model(model).save_pretrained(args.output_dir, is_main_process=accelerator.is_main_process)
+    accelerator.unwrap_model(model).save_pretrained(
+        args.output_dir,
+        is_main_process=accelerator.is_main_process,
+        state_dict=accelerator.get_state_dict(model),  # whole, also where parameters are sharded
+    )
     if accelerator.is_main_process:
         tokenizer.save_pretrained(args.output_dir)
 

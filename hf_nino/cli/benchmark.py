@@ -108,3 +108,19 @@ def engine(
         nowcaster=nowcaster,
         original=original,
     )
+
+
+@bench_app.command()
+def scaling(
+    measured: Annotated[
+        bool, typer.Option("--measured", help="Run a small model on 1, 2 and 4 processes instead, and compare.")
+    ] = False,
+    json: JsonOption = False,
+) -> None:
+    """What nowcasts cost on many ranks, on paper: memory, bytes and seconds of 1B, 8B and 70B on 1 to 512 ranks.
+
+    Example: hf-nino bench scaling --measured
+    """
+    from ..commands.scaling import bench_scaling
+
+    bench_scaling(typer.echo, measured=measured, as_json=json)
