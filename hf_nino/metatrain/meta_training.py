@@ -180,6 +180,9 @@ def meta_train(
         write_text(out / SUMMARY, json.dumps(summary, indent=1) + "\n")
         say(f"The nowcaster is in {out}; {len(training.skipped)} of {training.step_count} steps were skipped.")
     accelerator.wait_for_everyone()
+    # A DDP model that outlives its process group is the last to hold it, and freeing gloo's may then wait for ever.
+    training.wrapped = training.objective
+    accelerator.free_memory()
     accelerator.end_training()
     return summary
 

@@ -75,6 +75,9 @@ class Ranks(ABC):
     Every method is collective: all ranks call it in the same order, with tensors of the same number, shapes and dtypes
     where nothing else is said.  Tensors may be on any device, whatever the backend that carries them can send.
 
+    A call may raise because another rank has failed since the last one: whoever is told so lets it pass, and is asked
+    nothing more.
+
     Attributes:
         rank: of this process, 0 .. size - 1.
         size: number of processes.

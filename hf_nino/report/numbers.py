@@ -101,11 +101,3 @@ def seconds(value: float) -> str:
     if value >= 90:
         return f"{value / 60:.3g} min"
     return f"{value:.3g} s" if value >= 0.1 else f"{1000 * value:.2g} ms"
-
-
-def readable(size: float) -> str:
-    """Bytes in the unit that suits them."""
-    for factor, unit in ((2**40, "TiB"), (2**30, "GiB"), (2**20, "MiB"), (2**10, "KiB")):
-        if size >= factor:
-            return f"{size / factor:.3g} {unit}"
-    return f"{size:.0f} bytes"

@@ -7,11 +7,12 @@ from statistics import median
 from typing import Any
 
 from .._version import __version__
+from ..training.estimate import readable
 from . import charts
 from .facts import ACCEPTED, NOT_TRIED, REFUSED, SHORTENED, TAKEN_BACK, Nowcast, RunFacts, count_fates
 from .figure import Figure, draw
 from .markup import Markup, element, join, table
-from .numbers import percent, readable, seconds, short, signed
+from .numbers import percent, seconds, short, signed
 from .space import flatten
 from .style import CSS
 

@@ -24,10 +24,12 @@ import os
 import time
 from collections.abc import Mapping
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+from torch import Tensor
 from transformers.utils import logging
 
 from .._version import __version__
@@ -49,8 +51,8 @@ class RunRecord:
     """Writes ``nino_events.jsonl`` into a folder, beside training.
 
     Call :meth:`begin` after ``Nowcasting.begin``, :meth:`before` and :meth:`after` around every ``Nowcasting.step``,
-    and :meth:`end`; where several ranks train, on all of them.  Nothing that goes wrong here reaches the run: a full
-    disk ends the record with one warning.
+    and :meth:`end`; where several ranks train, on all of them.  Parameters that training reads anyway are not read a
+    second time.  Nothing that goes wrong here reaches the run: a full disk ends the record with one warning.
 
     Args:
         folder: of the run; created if need be.
@@ -67,6 +69,10 @@ class RunRecord:
         self._estimated = False
         self._blind = False
         self._every = 1
+        # Of the current step: whether its first point has been read here, how many states were seen, and the last one.
+        self._read = False
+        self._seen = 0
+        self._arrived: dict[str, list[float]] = {}
 
     def begin(self, nowcasting: Nowcasting) -> None:
         """A run begins, or goes on from a checkpoint: then what an interrupted part of it left behind is dropped."""
@@ -78,8 +84,11 @@ class RunRecord:
             earlier = read_record(self.path) if nowcasting.step_count and self._writes else []
         except (OSError, ValueError):
             earlier = []
-        description = describe(nowcasting, self.dimensions)
-        first = self._snapshot(nowcasting, nowcasting.step_count)
+        live = nowcasting.store.live()
+        description = describe(nowcasting, live, self.dimensions)
+        first = self._snapshot(live, nowcasting.step_count)
+        if self._writes and self.dimensions:
+            nowcasting.on_state = partial(self._see, nowcasting)
         earlier = [line for line in earlier if line.get("step", 0) <= nowcasting.step_count]
         if earlier:
             self._started -= max(line.get("elapsed", 0.0) for line in earlier)
@@ -91,13 +100,17 @@ class RunRecord:
     def before(self, nowcasting: Nowcasting) -> None:
         """Right before ``Nowcasting.step``, with the parameters as the optimizer left them."""
         step = nowcasting.step_count + 1
-        self._opened = nowcasting.probation.opened
-        if (-step % nowcasting.period) % nowcasting.interval == 0 and self._kept(nowcasting, step):
-            self._write(self._snapshot(nowcasting, step))
+        self._opened, self._seen, self._arrived = nowcasting.probation.opened, 0, {}
+        self._read = nowcasting.probation.ends(step) and self._due(nowcasting, step)
+        if self._read:  # they may be taken back before a snapshot is taken
+            self._write(self._snapshot(nowcasting.store.live(), step))
 
     def after(self, nowcasting: Nowcasting, event: NowcastEvent | None) -> None:
         """Right after ``Nowcasting.step``, with what it returned."""
         step, lines = nowcasting.step_count, []
+        # The same on all ranks: training has not read them at this step (warm-up, or nowcasts have ended).
+        if not self._read and nowcasting.last_snapshot != step and self._due(nowcasting, step):
+            lines += self._snapshot(nowcasting.store.live(), step)
         estimate = nowcasting.announcement.estimate
         if estimate is not None and not self._estimated:
             self._estimated = True
@@ -107,10 +120,21 @@ class RunRecord:
             if opened == self._opened:
                 lines.append(self._line("judged", step, {"nowcast": opened, **_finite(asdict(comparison))}))
         if event is not None:
-            moved = event.accepted or event.taken_back_to is not None
-            point = self._point(nowcasting) if moved and self._kept(nowcasting, step) else {}
+            point = self._arrived if event.accepted else {}
+            if event.taken_back_to is not None and self._kept(nowcasting, step):
+                point = self._point(nowcasting.store.live())
             lines.append(self._line("nowcast", step, _finite(asdict(event)) | point))
         self._write(lines)
+
+    def _see(self, nowcasting: Nowcasting, state: Mapping[str, Tensor]) -> None:
+        """What training reads anyway: the state of a snapshot, then perhaps what a nowcast has made of it."""
+        step, self._seen = nowcasting.step_count, self._seen + 1
+        if not self._kept(nowcasting, step):
+            return
+        if self._seen > 1:
+            self._arrived = self._point(state)
+        elif not self._read:
+            self._write(self._snapshot(state, step))
 
     def end(self, nowcasting: Nowcasting) -> None:
         """The run is over."""
@@ -119,21 +143,26 @@ class RunRecord:
         names = ("seconds", "nowcasts", "rejected", "taken_back", "stopped")
         totals = {name: getattr(nowcasting, name) for name in names} | peak
         self._write([self._line("end", nowcasting.step_count, totals)])
+        nowcasting.on_state = None
+
+    def _due(self, nowcasting: Nowcasting, step: int) -> bool:
+        """Whether the path has a point at ``step``."""
+        on_grid = (-step % nowcasting.period) % nowcasting.interval == 0
+        return bool(self.dimensions) and on_grid and self._kept(nowcasting, step)
 
     def _kept(self, nowcasting: Nowcasting, step: int) -> bool:
         """Whether points of the period that ``step`` lies in are kept: of a long run only some periods' are."""
         return -(-step // nowcasting.period) % self._every == 0
 
-    def _snapshot(self, nowcasting: Nowcasting, step: int) -> list[dict[str, Any]]:
-        point = self._point(nowcasting)
+    def _snapshot(self, state: Mapping[str, Tensor], step: int) -> list[dict[str, Any]]:
+        point = self._point(state)
         return [self._line("snapshot", step, point)] if point else []
 
-    def _point(self, nowcasting: Nowcasting) -> dict[str, list[float]]:
-        if not self.dimensions:
+    def _point(self, state: Mapping[str, Tensor]) -> dict[str, list[float]]:
+        if self._blind or not self._writes or not self.dimensions:
             return {}
-        live = nowcasting.store.live()  # on all ranks, whatever fails on one of them
         try:
-            point = [] if self._blind or not self._writes else project(live, self.dimensions)
+            point = project(state, self.dimensions)
         except Exception as error:
             self._blind, point = True, []
             logger.warning(f"The parameters cannot be projected for the report ({type(error).__name__}: {error}).")
@@ -157,9 +186,8 @@ class RunRecord:
             logger.warning(f"{self.path} cannot be written ({error}): the report will know less of this run.")
 
 
-def describe(nowcasting: Nowcasting, dimensions: int = DIMENSIONS) -> dict[str, Any]:
-    """The first line of a record."""
-    live = nowcasting.store.live()
+def describe(nowcasting: Nowcasting, live: Mapping[str, Tensor], dimensions: int = DIMENSIONS) -> dict[str, Any]:
+    """The first line of a record, of a run whose parameters on this process are ``live``."""
     parameters = sum(tensor.numel() for tensor in live.values())
     return {
         "format_version": FORMAT_VERSION,

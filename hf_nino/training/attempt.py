@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from traceback import clear_frames
 from typing import Any
 
 import torch
@@ -15,7 +16,7 @@ from ..nowcaster import Rates
 from .batch_norm import recompute, with_statistics
 from .event import NowcastEvent
 from .guard import InvalidNowcast, Verdict, judge, odd_prediction, tame
-from .ranks import OneVoice
+from .ranks import FailedElsewhere, LostRanks, OneVoice
 from .rng import preserved_rng
 from .watching import Watching
 
@@ -29,7 +30,7 @@ class Attempting(Watching):
     """The part of :class:`~hf_nino.training.nowcasting.Nowcasting` that makes a nowcast and writes it.
 
     Where several ranks train, all of them come here at the same step.  What may fail on one of them alone is caught,
-    and all hear of it (``store.agree``) before anything is said that would need every rank.
+    and all hear of it (``store.agree``, or at the next collective: ``store.together``) before they go on.
     """
 
     graph: Any
@@ -37,11 +38,13 @@ class Attempting(Watching):
     observe_only: bool
     statistics_batches: Any
     announcement: Any
+    on_state: Callable[[Mapping[str, Tensor]], None] | None
     _longest: float
+    _live: Mapping[str, Tensor] | None
 
     def _nowcast(self, optimizer: Any, scheduler_stepped: bool) -> NowcastEvent:
         started = time.perf_counter()
-        step = self.step_count
+        step, live, self._live = self.step_count, self._live, None
         horizon = self.outlook.choose(
             step=step,
             scheduled_step=step + self.skipped_steps,
@@ -93,9 +96,11 @@ class Attempting(Watching):
         if kept:
             self.probation.describe(horizon, verdict.alignment, before)
         self.store.write(writes)
-        del writes
         self._renew_statistics()
         seconds += time.perf_counter() - writing
+        if self.on_state is not None and live is not None:
+            self.on_state({**live, **writes})
+        del writes, live
         after = self._measure()
         if kept and before is not None and math.isfinite(before) and (after is None or not math.isfinite(after)):
             self._restore(optimizer)
@@ -124,26 +129,38 @@ class Attempting(Watching):
         failure = self.store.agree(self._failure(error))
         if failure:
             return {}, Verdict(False, failure), error
-        prediction: Mapping[str, Tensor] = {}
-        shards = self.store.shards()
-        whole = states if shards is None or self.nowcaster.works_on_shards else self._gathered(states)
+        verdict, writes = Verdict(False), {}
         try:
-            with preserved_rng(), torch.no_grad():
-                # Nowcasters of other people need not know of shards.
-                options = {} if shards is None or whole is not states else {"shards": shards}
-                if rates is not None:
-                    options["rates"] = rates
-                prediction = self.nowcaster.nowcast(self.graph, whole, horizon, **options)
-            odd = odd_prediction(whole[-1], prediction)
+            with self.store.together(), preserved_rng(), torch.no_grad():
+                prediction, odd = self._foresee(states, horizon, rates)
+                verdict = Verdict(False, self.store.agree(odd))
+                if not verdict.reason:
+                    verdict = judge(states, prediction, horizon, shards=self.store.shards())
+                if verdict.accepted:
+                    writes = tame(states[-1], prediction, verdict, share)
+        except LostRanks:
+            raise
+        except FailedElsewhere as caught:
+            return {}, Verdict(False, self.store.agree("")), caught
         except Exception as caught:
-            error, odd = caught, self._failure(caught)
-        failure = self.store.agree(odd)
-        if failure:
-            return {}, Verdict(False, failure), error
-        if whole is not states:
-            prediction = {name: shards.local(name).of(tensor) for name, tensor in prediction.items()}
-        verdict = judge(states, prediction, horizon, shards=shards)
-        return (tame(states[-1], prediction, verdict, share) if verdict.accepted else {}), verdict, None
+            clear_frames(caught.__traceback__)  # gives back what it ran out of, if that was memory
+            return {}, Verdict(False, self.store.agree(self._failure(caught))), caught
+        return writes, verdict, None
+
+    def _foresee(
+        self, states: Sequence[Mapping[str, Tensor]], horizon: int, rates: Rates | None
+    ) -> tuple[Mapping[str, Tensor], str]:
+        """What the nowcaster predicts of this rank's rows, and what is wrong with its names and shapes."""
+        shards, options = self.store.shards(), {} if rates is None else {"rates": rates}
+        if shards is not None and not self.nowcaster.works_on_shards:
+            whole = self._gathered(states)
+            prediction = self.nowcaster.nowcast(self.graph, whole, horizon, **options)
+            odd = odd_prediction(whole[-1], prediction)
+            return {} if odd else {name: shards.local(name).of(t) for name, t in prediction.items()}, odd
+        if shards is not None:  # nowcasters of other people need not know of them
+            options["shards"] = shards
+        prediction = self.nowcaster.nowcast(self.graph, states, horizon, **options)
+        return prediction, odd_prediction(states[-1], prediction)
 
     def _gathered(self, states: Sequence[Mapping[str, Tensor]]) -> list[dict[str, Tensor]]:
         self._say_once(
@@ -155,6 +172,10 @@ class Attempting(Watching):
     def _failure(self, error: Exception | None) -> str:
         if error is None:
             return ""
+        if isinstance(error, torch.OutOfMemoryError):
+            # The rest of the message are numbers, which differ from one nowcast to the next.
+            what = str(error).partition(". ")[0]
+            return f"{type(self.nowcaster).__name__} ran out of memory ({type(error).__name__}: {what})"
         who = "the history" if isinstance(error, OSError) else type(self.nowcaster).__name__
         return f"{who} failed ({type(error).__name__}: {error})"
 
@@ -178,8 +199,9 @@ class Attempting(Watching):
         """Measure the loss of what would have been written; the model is as it was afterwards, bit for bit."""
         after = None
         if before is not None:
-            live = self.store.live()
-            kept = {name: live[name].clone() for name in writes}
+            with self.store.together():
+                live = self.store.live()
+                kept = {name: live[name].clone() for name in writes}
             self.store.write(writes)
             after = self._measure()
             self.store.write(kept)

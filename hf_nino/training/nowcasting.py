@@ -6,7 +6,6 @@ Every front end (:class:`~hf_nino.training.optimizer.NiNo`, :class:`~hf_nino.tra
 
 from __future__ import annotations
 
-import math
 import os
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -14,7 +13,7 @@ from dataclasses import replace
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from transformers.utils import logging
 
 from ..nowcaster.base import Nowcaster
@@ -121,6 +120,9 @@ class Nowcasting(Attempting):
         seconds: spent on snapshots and nowcasts.
         own_parameters: elements that this rank keeps and predicts: its rows, or everything.
         events: what happened so far in this process.
+        on_state: called with this rank's rows of all parameters, {name: tensor}, when a snapshot is taken and after a
+            nowcast was written; for whoever would have to read them again.  It may be set on some ranks only.
+        last_snapshot: the step of the last snapshot.
         announcement: its ``estimate`` is what nowcasting costs, once the first steps have been timed; logged once, as
             a warning above 5% of training time.
 
@@ -188,22 +190,23 @@ class Nowcasting(Attempting):
         self.losses = LossMeter(self.store, self.probation.window + self.probation.patience + 8)
         self.undo = Undo(history_device if undo_device is None else undo_device)
 
-        self.step_count = 0
-        self.skipped_steps = 0
+        self.step_count = self.skipped_steps = 0
         self.nowcasts = 0
         self.rejected = 0
         self.taken_back = 0
         self.stopped = False
         self.seconds = 0.0
         self.events: list[NowcastEvent] = []
+        self.on_state: Callable[[Mapping[str, Tensor]], None] | None = None
+        self.last_snapshot: int | None = None
         self.enabled = True
         self._longest = 0.0
-        self._begun = False
-        self._settled = False
+        self._live: Mapping[str, Tensor] | None = None
+        self._begun = self._settled = False
         self._loaded: dict[str, list[float] | None] | None = None
         self._said: set[str] = set()
         self._signature = self.store.signature()
-        self.own_parameters = self._count_own()
+        self.own_parameters = self.store.elements(own=self.nowcaster.works_on_shards)
         self._example_inputs = example_inputs
         self._own_graph = graph is None
         self.graph = graph
@@ -234,6 +237,8 @@ class Nowcasting(Attempting):
             taken in the middle of the step (checkpoints on SIGTERM); usually ``None``.
         """
         self._begun = True
+        # Anew: `accelerator.prepare` may have sharded the model since.
+        self.own_parameters = self.store.elements(own=self.nowcaster.works_on_shards)
         self._check_optimizer(optimizer)
         late = self._check_loaded(global_step)
         self.outlook.find_warmup(self.step_count, optimizer, scheduler_stepped)
@@ -336,9 +341,14 @@ class Nowcasting(Attempting):
             self._forget()
             return False
         started = time.perf_counter()
-        self.history.append(self.store.live(), self.step_count)
+        live = self.store.live()
+        self.history.append(live, self.step_count)
         self.seconds += time.perf_counter() - started
+        self.last_snapshot = self.step_count
         self.outlook.record(optimizer)
+        if self.on_state is not None:
+            self.on_state(live)
+            self._live = live if self.history.full else None
         return True
 
     def _check_signature(self) -> None:
@@ -352,7 +362,7 @@ class Nowcasting(Attempting):
             f"{changed[0]!r}): the history is dropped and nowcasting starts anew."
         )
         self._signature = signature
-        self.own_parameters = self._count_own()
+        self.own_parameters = self.store.elements(own=self.nowcaster.works_on_shards)
         self._forget()
         self._abandon()
         if self.nowcaster.has_memory:
@@ -361,12 +371,6 @@ class Nowcasting(Attempting):
         if self._own_graph:
             self.graph = None
             self._build_graph()
-
-    def _count_own(self) -> int:
-        shards = self.store.shards()
-        if shards is None or not self.nowcaster.works_on_shards:
-            return sum(math.prod(shape) for _, shape, _ in self._signature)
-        return sum(shards.local(name).numel for name in shards.ranges)
 
     # -- the rest ---------------------------------------------------------------------------------------------------
 

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from traceback import clear_frames
 from typing import Any
 
 import torch
@@ -17,10 +19,21 @@ from ..nowcaster.shards import Ranks
 BUCKET = 16 * 2**20
 
 
+class FailedElsewhere(RuntimeError):
+    """Another rank has failed, so that what all were doing together cannot be done; the message says which and why."""
+
+
+class LostRanks(RuntimeError):
+    """The other ranks do not answer; the message says for how long they were waited for.  Nothing more can be said."""
+
+
 class ProcessGroupRanks(Ranks):
     """The default process group of ``torch.distributed``.
 
     Tensors may be on any device; where the backend cannot reach them there (NCCL: host memory), copies travel.
+
+    A rank that fails between two collectives leaves the others waiting in the next one, until the backend's time-out
+    ends the run.  Inside :meth:`together` that is an error on all of them at once.
 
     Args:
         order: global ranks in the order of their rows; default: as they are.
@@ -37,12 +50,80 @@ class ProcessGroupRanks(Ranks):
         self._reachable = {part.partition(":")[0] for part in dist.get_backend_config().split(",")}
         on_host = "cpu" in self._reachable or not torch.cuda.is_available()
         self.device = torch.device("cpu") if on_host else torch.device("cuda", torch.cuda.current_device())
+        # Made now: there may be no memory left when a rank has to say so.
+        self._ballot = torch.ones(1, dtype=torch.int64, device=self.device)
+        self._votes = False
 
     @property
     def timeout(self) -> float:
         """Seconds after which the backend gives a collective up."""
         backend = dist.distributed_c10d._get_default_group()._get_backend(self.device)
         return backend.options._timeout.total_seconds()
+
+    # -- failures ---------------------------------------------------------------------------------------------------
+
+    @contextmanager
+    def together(self) -> Iterator[None]:
+        """What fails inside on one rank fails on all of them; entered and left by all ranks at once.
+
+        Inside, every collective begins with a vote, an all-reduce of one number, in which each rank says that it has
+        come that far; what has to be allocated for the collective has been by then.  A rank that fails on the way
+        votes against instead, and leaves; the others leave with it, from whatever collective they were about to
+        begin.  Whoever fails after the last collective says so in a vote at the end.  It may be nested; the outermost
+        counts.
+
+        Raises:
+            FailedElsewhere: on the ranks that did not fail; the others raise their own errors.
+            LostRanks: a rank has ended, or has not come within the time-out.
+        """
+        if self.size == 1 or self._votes:
+            yield
+            return
+        self._votes = True
+        try:
+            yield
+            self._meet()
+        except (FailedElsewhere, LostRanks):
+            raise
+        except Exception as error:
+            self._say_no(error)
+            raise
+        finally:
+            self._votes = False
+
+    def _meet(self) -> None:
+        """Inside :meth:`together`: wait until all ranks have come here; raise if one of them has failed."""
+        if self._votes and not self._all_well(True):
+            self._votes = False
+            said = self.texts("")
+            rank = next((rank for rank, text in enumerate(said) if text), None)
+            raise FailedElsewhere(f"rank {rank} failed ({said[rank]})" if rank is not None else "another rank failed")
+
+    def _say_no(self, error: Exception) -> None:
+        clear_frames(error.__traceback__)  # gives back what it ran out of, if that was memory
+        self._all_well(False)
+        self._votes = False
+        self.texts(f"{type(error).__name__}: {error}")
+
+    def _all_well(self, here: bool) -> bool:
+        self._ballot.fill_(int(here))
+        self._call(dist.all_reduce, self._ballot, op=dist.ReduceOp.MIN)
+        return bool(self._ballot.item())
+
+    def _call(self, collective: Callable[..., Any], *args: Any, **kwargs: Any) -> None:
+        """Every collective is called here.
+
+        Raises:
+            LostRanks: a rank has ended, or has not come within the time-out (where the backend raises; NCCL's watchdog
+                ends the process).
+        """
+        try:
+            collective(*args, **kwargs)
+        except RuntimeError as error:
+            raise LostRanks(
+                f"the other ranks do not answer rank {dist.get_rank()}: one has ended, or was not here within the "
+                f"process group's time-out of {self.timeout:g} s ({error})"
+            ) from error
 
     # -- numbers ----------------------------------------------------------------------------------------------------
 
@@ -68,7 +149,8 @@ class ProcessGroupRanks(Ranks):
         if not sum(tensor.numel() for tensor in tensors):
             return
         flat = self._reach(torch.cat([tensor.detach().reshape(-1) for tensor in tensors]))
-        dist.all_reduce(flat)
+        self._meet()
+        self._call(dist.all_reduce, flat)
         for tensor, part in zip(tensors, flat.split([tensor.numel() for tensor in tensors]), strict=True):
             tensor.copy_(part.view(tensor.shape))
 
@@ -77,7 +159,8 @@ class ProcessGroupRanks(Ranks):
         if self.size == 1:
             return list(numbers)
         found = torch.tensor(list(numbers), dtype=torch.int64, device=self.device)
-        dist.all_reduce(found, op=dist.ReduceOp.MIN)
+        self._meet()
+        self._call(dist.all_reduce, found, op=dist.ReduceOp.MIN)
         return found.tolist()
 
     def gather(self, numbers: Tensor) -> list[Tensor]:
@@ -91,7 +174,8 @@ class ProcessGroupRanks(Ranks):
         """The tensors of all ranks, of one shape, by global rank; on the host."""
         mine = mine.to(self.device).contiguous()
         found = [torch.empty_like(mine) for _ in range(self.size)]
-        dist.all_gather(found, mine)
+        self._meet()
+        self._call(dist.all_gather, found, mine)
         return list(torch.stack(found).cpu())
 
     # -- rows -------------------------------------------------------------------------------------------------------
@@ -107,11 +191,12 @@ class ProcessGroupRanks(Ranks):
         sends, receives = [outgoing[place] for place in places], [incoming[place] for place in places]
         sizes = [tensor.numel() * tensor.element_size() for tensor in sends]
         room = [tensor.numel() * tensor.element_size() for tensor in receives]
-        out = self._reach(torch.cat([_bytes(tensor) for tensor in sends]))
+        out = self._reach(torch.cat([as_bytes(tensor) for tensor in sends]))
         found = torch.empty(sum(room), dtype=torch.uint8, device=out.device)
-        dist.all_to_all_single(found, out, room, sizes)
+        self._meet()
+        self._call(dist.all_to_all_single, found, out, room, sizes)
         for tensor, part in zip(receives, found.split(room), strict=True):
-            _bytes(tensor).copy_(part)
+            as_bytes(tensor).copy_(part)
 
     def _reach(self, tensor: Tensor) -> Tensor:
         """The tensor, where the backend can reach it."""
@@ -172,5 +257,6 @@ class OneVoice(logging.LoggerAdapter):
         return msg, kwargs
 
 
-def _bytes(tensor: Tensor) -> Tensor:
+def as_bytes(tensor: Tensor) -> Tensor:
+    """A contiguous tensor as bytes, flat: a view."""
     return tensor.detach().view(-1).view(torch.uint8)

@@ -180,13 +180,14 @@ class Watching(Resumable):
 
     def _settle(self) -> None:
         """Tell a nowcaster with a memory what the base optimizer carries on from."""
-        shards, state = self.store.shards(), self.store.live()
-        if shards is None:
-            self.nowcaster.settle(state)
-        elif self.nowcaster.works_on_shards:
-            self.nowcaster.settle(state, shards=shards)
-        else:
-            self.nowcaster.settle(self.store.gather(state))
+        with self.store.together():
+            shards, state = self.store.shards(), self.store.live()
+            if shards is None:
+                self.nowcaster.settle(state)
+            elif self.nowcaster.works_on_shards:
+                self.nowcaster.settle(state, shards=shards)
+            else:
+                self.nowcaster.settle(self.store.gather(state))
         self._settled = True
 
     def _measure(self) -> float | None:

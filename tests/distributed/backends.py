@@ -41,13 +41,13 @@ def bare_model(kind="", dtype=torch.float32):
     return model.to(dtype)
 
 
-def wrapped(kind, model):
-    """The model on this process, as ``kind`` holds it."""
+def wrapped(kind, model, **policies):
+    """The model on this process, as ``kind`` holds it; ``policies`` are those of FSDP2."""
     size = dist.get_world_size()
     if kind == "ddp":
         return nn.parallel.DistributedDataParallel(model)
     if kind == "fsdp2":
-        return _fully_shard(model, init_device_mesh("cpu", (size,)))
+        return _fully_shard(model, init_device_mesh("cpu", (size,)), **policies)
     if kind == "hsdp":
         return _fully_shard(model, init_device_mesh("cpu", (2, size // 2), mesh_dim_names=("replicas", "shards")))
     if kind == "tp":
@@ -62,12 +62,12 @@ def wrapped(kind, model):
     return FullyShardedDataParallel(model, **options)
 
 
-def _fully_shard(model, mesh, split=True):
+def _fully_shard(model, mesh, split=True, **policies):
     from torch.distributed.fsdp import fully_shard
 
     if split:
-        fully_shard(model[0], mesh=mesh)
-    return fully_shard(model, mesh=mesh)
+        fully_shard(model[0], mesh=mesh, **policies)
+    return fully_shard(model, mesh=mesh, **policies)
 
 
 def _parallel(model, mesh):

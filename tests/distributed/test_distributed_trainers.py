@@ -3,6 +3,7 @@
 import os
 from pathlib import Path
 
+import accelerate
 import pytest
 import torch
 import transformers
@@ -18,6 +19,12 @@ from hf_nino.training import NiNo, NiNoCallback, NiNoTrainer, NiNoTrainingArgume
 pytestmark = pytest.mark.distributed
 
 STEPS, SAVED = 14, (5, 8)
+# How FSDP2's checkpoints are written: whole by the first rank, or by torch.distributed.checkpoint, rank by rank.
+STATE_DICTS = {"fsdp2": "FULL_STATE_DICT", "fsdp2 in shards": "SHARDED_STATE_DICT"}
+exact_in_shards = pytest.mark.skipif(
+    Version(accelerate.__version__) < Version("1.15"),
+    reason="accelerate 1.12 does not restore the optimizer's state from a checkpoint in shards; 1.15 does",
+)
 
 
 def saved(backend):
@@ -75,7 +82,7 @@ def trainer_of(front, folder, nowcaster="linear:context=3", **settings):
     return trainer, watch
 
 
-def _fsdp2_on_cpu():
+def _fsdp2_on_cpu(backend):
     """accelerate shards on accelerators only; it is told that this is one."""
     from accelerate.state import DistributedType, PartialState
 
@@ -85,14 +92,14 @@ def _fsdp2_on_cpu():
         FSDP_VERSION="2",
         FSDP_AUTO_WRAP_POLICY="TRANSFORMER_BASED_WRAP",
         FSDP_TRANSFORMER_CLS_TO_WRAP="GPT2Block",
-        FSDP_STATE_DICT_TYPE="FULL_STATE_DICT",
+        FSDP_STATE_DICT_TYPE=STATE_DICTS[backend],
     )
     PartialState._prepare_backend = lambda self, *args, **kwargs: ("gloo", DistributedType.MULTI_GPU)
 
 
 def _trains(rank, front, backend, folder, nowcaster):
-    if backend == "fsdp2":
-        _fsdp2_on_cpu()
+    if backend in STATE_DICTS:
+        _fsdp2_on_cpu(backend)
     trainer, watch = trainer_of(front, folder, nowcaster)
     assert trainer.args.world_size == 2
     trainer.train()
@@ -111,8 +118,9 @@ def _trains(rank, front, backend, folder, nowcaster):
     [
         ("trainer", "ddp", "linear:context=3"),
         pytest.param("callback", "ddp", "momentum", marks=pytest.mark.slow),
-        ("trainer", "fsdp2", "momentum"),
+        pytest.param("trainer", "fsdp2", "momentum", marks=pytest.mark.slow),
         pytest.param("callback", "fsdp2", "linear:context=3", marks=pytest.mark.slow),
+        pytest.param("trainer", "fsdp2 in shards", "momentum", marks=exact_in_shards),
     ],
 )
 def test_a_trainer_nowcasts_on_shards_and_resumes_exactly(tmp_path, front, backend, nowcaster):
@@ -133,11 +141,89 @@ def test_a_trainer_nowcasts_on_shards_and_resumes_exactly(tmp_path, front, backe
         assert len(first[step]) == STEPS - step
 
 
-def _accelerates(rank, folder):
+def _trains_lean(rank, backend, folder):
+    if backend in STATE_DICTS:
+        _fsdp2_on_cpu(backend)
+        # What `bf16=True` comes to, which the arguments refuse without `use_cpu`, and with it nothing is sharded.
+        os.environ["ACCELERATE_MIXED_PRECISION"] = "bf16"
+    options = {"bf16": backend == "ddp", "gradient_accumulation_steps": 2, "gradient_checkpointing": True}
+    trainer, watch = trainer_of("trainer", folder, max_steps=12, save_strategy="no", **options)
+    trainer.train()
+    log = [entry["nino_accepted"] for entry in trainer.state.log_history if "nino_accepted" in entry]
+    blocks = [module for module in trainer.model.modules() if getattr(module, "gradient_checkpointing", False)]
+    assert trainer.accelerator.mixed_precision == "bf16"
+    return watch.states, log, {dtype for _, _, dtype in watch.store().signature()}, len(blocks)
+
+
+@pytest.mark.parametrize("backend", ["ddp", pytest.param("fsdp2", marks=pytest.mark.slow)])
+def test_a_trainer_that_saves_memory_nowcasts_all_the_same(tmp_path, backend):
+    """bf16, gradient accumulation and ``gradient_checkpointing=True`` at once: two nowcasts in 12 optimizer steps, of
+    float32 parameters, and the same bits on both ranks after every step."""
+    first, second = launch(_trains_lean, 2, tmp_path, backend, str(tmp_path / "out"))
+    assert first[1] == [1, 1]
+    assert first[2] == {"torch.float32"} and first[3] > 0
+    assert first[0].keys() == set(range(1, 13))
+    assert all(same(state, second[0][step]) for step, state in first[0].items())
+
+
+def carried(nowcasting):
+    """Whole on every rank: the parameters, and what nowcasting knows of their past."""
+    store, found = nowcasting.store, {"parameters": whole(nowcasting.store)}
+    for step, state in zip(nowcasting.history.steps, nowcasting.history.states(), strict=True):
+        found[f"snapshot {step}"] = store.gather(state)
+    parts = {}
+    for key, tensor in nowcasting.nowcaster.memory().items():
+        part, _, name = key.partition(".")
+        parts.setdefault(part, {})[name] = tensor
+    return found | {part: store.gather(state) for part, state in parts.items()}
+
+
+class Carried(TrainerCallback):
+    """:func:`carried` at the beginning of every step."""
+
+    def __init__(self):
+        self.found = {}
+
+    def on_step_begin(self, args, state, control, **kwargs):
+        self.found[state.global_step] = carried(self.nowcasting())
+
+
+def _carries(rank, nowcaster, folder, resume):
+    _fsdp2_on_cpu("fsdp2 in shards")
+    settings = {"max_steps": SAVED[-1] + 2, "save_steps": SAVED[-1] if resume is None else 100}
+    trainer, _ = trainer_of("trainer", folder, nowcaster, **settings)
+    watch = Carried()
+    watch.nowcasting = lambda: trainer.nowcasting
+    trainer.add_callback(watch)
+    trainer.train(resume_from_checkpoint=resume)
+    return watch.found, trainer.nowcasting.nowcasts
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("nowcaster", "what"), [("linear:context=3", "snapshot 8"), ("momentum", "buffer")])
+def test_more_ranks_go_on_from_a_checkpoint_in_shards(tmp_path, nowcaster, what):
+    """A Trainer on FSDP2 that saved with torch.distributed.checkpoint on two ranks is resumed on three: parameters,
+    snapshots and the nowcaster's memory are the same bits, divided anew."""
+    folder, step = tmp_path / "out", SAVED[-1]
+    before, _ = launch(_carries, 2, tmp_path, nowcaster, str(folder), None)[0]
+    checkpoint = folder / f"checkpoint-{step}"
+    assert len(list(checkpoint.glob("*/*.distcp"))) > 2 and not list(checkpoint.glob("*.safetensors.index.json"))
+    results = launch(_carries, 3, tmp_path, nowcaster, str(tmp_path / "again"), str(checkpoint))
+    for after, nowcasts in results:
+        assert min(after) == step and nowcasts == 1
+        assert before[step].keys() == after[step].keys() >= {"parameters", what}
+        assert all(same(state, after[step][name]) for name, state in before[step].items())
+
+
+def _accelerates(rank, backend, folder):
     from accelerate import Accelerator
 
+    if backend in STATE_DICTS:
+        _fsdp2_on_cpu(backend)
+        os.environ["FSDP_AUTO_WRAP_POLICY"] = "NO_WRAP"
+
     def run():
-        accelerator = Accelerator(cpu=True)
+        accelerator = Accelerator(cpu=backend == "ddp")
         assert accelerator.num_processes == 2
         model = used_model()
         optimizer = NiNo(torch.optim.AdamW(model.parameters(), lr=0.01), model, "momentum", period=4, patience=0)
@@ -167,9 +253,10 @@ def _accelerates(rank, folder):
     return all(same(expected[step], states[step]) for step in expected), again[3].nowcasting.nowcasts
 
 
-def test_an_accelerate_loop_saves_and_loads_its_ranks(tmp_path):
+@pytest.mark.parametrize("backend", ["ddp", pytest.param("fsdp2 in shards", marks=exact_in_shards)])
+def test_an_accelerate_loop_saves_and_loads_its_ranks(tmp_path, backend):
     """``save_state`` and ``load_state`` on two ranks: each history is in the folder, and the run goes on exactly."""
-    assert launch(_accelerates, 2, tmp_path, str(tmp_path / "state")) == [(True, 3), (True, 3)]
+    assert launch(_accelerates, 2, tmp_path, backend, str(tmp_path / "state")) == [(True, 3), (True, 3)]
     names = {path.name for path in Path(tmp_path / "state").glob("nino_*")}
     assert names == {"nino_state.json", *(f"nino_history-0000{rank}-of-00002.safetensors" for rank in (1, 2))}
 

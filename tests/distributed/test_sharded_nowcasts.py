@@ -3,9 +3,12 @@
 import copy
 import logging
 import time
+from contextlib import nullcontext
+from unittest.mock import patch
 
 import pytest
 import torch
+import torch.distributed as dist
 from backends import (
     BACKENDS,
     PERIOD,
@@ -23,7 +26,11 @@ from backends import (
 from launching import launch
 from torch import nn
 
+from hf_nino.graph import NeuralGraph
+from hf_nino.nowcaster import NiNoModel, NowcasterConfig
 from hf_nino.nowcaster.base import Nowcaster
+from hf_nino.report import RunRecord
+from hf_nino.report.record import read_record
 from hf_nino.training import InvalidNowcast, NiNo
 
 pytestmark = pytest.mark.distributed
@@ -189,6 +196,73 @@ def test_what_fails_on_one_rank_is_skipped_on_all(tmp_path, kind):
     assert first["mean"] == second["mean"] == 0.5
 
 
+STAGES = {
+    "preparing": "hf_nino.nowcaster.sharded.portion_of",
+    "messages": "hf_nino.nowcaster.passes.Passes._received",
+    "predicting": "hf_nino.nowcaster.passes.Passes.write",
+    "judging": "hf_nino.training.attempt.judge",
+}
+
+
+def network_and_graph():
+    torch.manual_seed(5)
+    return NiNoModel(NowcasterConfig(hidden_size=16, context=3)), NeuralGraph.from_model(
+        used_model(), torch.ones(1, 5)
+    )
+
+
+def out_of_memory(*args, **kwargs):
+    raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
+
+
+def _runs_out_of_memory(rank, kind):
+    """Rank 1 has no memory for two nowcasts, and then it has."""
+    found, heard = {}, Heard()
+    for stage, where in STAGES.items():
+        network, graph = network_and_graph()
+        nowcasting = started(wrapped(kind, used_model()), network, graph=graph)
+        with patch(where, out_of_memory) if rank == 1 else nullcontext():
+            states = drive(nowcasting, 1, STEPS)
+        states |= drive(nowcasting, STEPS + 1, STEPS + PERIOD + 1)
+        events = [(event.accepted, event.reason) for event in nowcasting.events]
+        found[stage] = {"states": states, "events": events, "heard": list(heard.lines)}
+        heard.lines.clear()
+    return found
+
+
+@pytest.mark.parametrize("kind", ["fsdp2", pytest.param("ddp", marks=pytest.mark.slow)])
+def test_a_rank_without_memory_skips_the_nowcast_with_the_others(tmp_path, kind):
+    """A rank that runs out of memory at any stage of a network's nowcast on shards: all skip it, in much less than the
+    time-out, say so once, and train on with the same parameters; the next nowcast that finds memory is written."""
+    first, second = launch(_runs_out_of_memory, 2, tmp_path, kind)
+    reason = "rank 1: NiNoModel ran out of memory (OutOfMemoryError: CUDA out of memory)"
+    for stage in STAGES:
+        assert first[stage]["events"] == second[stage]["events"] == [(False, reason)] * 2 + [(True, "")]
+        assert all(same(state, second[stage]["states"][step]) for step, state in first[stage]["states"].items())
+        assert sum(reason in line for line in first[stage]["heard"]) == 1 and not second[stage]["heard"]
+
+
+def _waits(rank):
+    """As above, if ranks did not tell each other on the way."""
+    network, graph = network_and_graph()
+    nowcasting = started(wrapped("ddp", used_model()), network, graph=graph)
+    nowcasting.store.ranks.together = nullcontext
+    with (
+        patch(STAGES["messages"], out_of_memory) if rank == 1 else nullcontext(),
+        pytest.raises(RuntimeError) as caught,
+    ):
+        drive(nowcasting, 1, PERIOD)
+    dist.destroy_process_group()
+    return str(caught.value)
+
+
+@pytest.mark.slow
+def test_without_votes_ranks_would_wait_for_each_other(tmp_path):
+    """Negative control: the run ends with the backend's time-out, about which it says so much."""
+    first, second = launch(_waits, 2, tmp_path, timeout=5)
+    assert "not here within the process group's time-out of 5 s" in first and "ran out of memory" not in second
+
+
 def _slow(rank):
     heard = Heard()
     nowcasting = started(wrapped("ddp", bare_model()), "linear:context=3")
@@ -210,15 +284,17 @@ def test_a_nowcast_that_could_outlast_the_time_out_is_not_begun(tmp_path):
 def _dies(rank, folder):
     nowcasting = started(wrapped("ddp", bare_model()), "linear:context=3")
     if rank == 1:
+        dist.destroy_process_group()
         return "gone"  # as if it had been killed: it leaves the group
     begun = time.monotonic()
-    with pytest.raises(RuntimeError):
+    with pytest.raises(RuntimeError, match="one has ended"):
         drive(nowcasting, 1, PERIOD)
+    dist.destroy_process_group()
     return time.monotonic() - begun
 
 
 def test_a_rank_that_dies_is_an_error_and_not_a_hang(tmp_path):
-    """The others get torch's error within the time-out."""
+    """The others get an error within the time-out, which says what it may be."""
     seconds, _ = launch(_dies, 2, tmp_path, str(tmp_path), timeout=10)
     assert seconds < 30
 
@@ -260,6 +336,7 @@ def _taken_back(rank, kind):
         Spoil(),
         horizon=4,
         patience=12,
+        max_failures=1,
     )
     kept, undo = [], optimizer.nowcasting.undo
     states = trained(model, optimizer, 30, rank)
@@ -270,8 +347,10 @@ def _taken_back(rank, kind):
     moments = all(
         torch.equal(_local(value), _local(back[p][key])) for p, entry in state.items() for key, value in entry.items()
     )
+    states |= trained(model, optimizer, 45, rank, first=43)
     events = [(event.step, event.taken_back_to) for event in optimizer.nowcasting.events]
-    return {"states": states, "events": events, "moments": moments, "kept": kept}
+    stopped = optimizer.nowcasting.stopped
+    return {"states": states, "events": events, "moments": moments, "kept": kept, "stopped": stopped}
 
 
 def _local(value):
@@ -280,12 +359,12 @@ def _local(value):
 
 @pytest.mark.parametrize("kind", ["ddp", *(pytest.param(kind, marks=pytest.mark.slow) for kind in ("fsdp2", "fsdp1"))])
 def test_ranks_take_a_nowcast_back_together(tmp_path, kind):
-    """One rank alone sees how bad it was, and the decision is the same everywhere; parameters and moments are the bits
-    from before, and of what is kept for that each rank has its share."""
+    """One rank alone sees how bad it was, and the decision is the same everywhere, and so is that there are no more;
+    parameters and moments are the bits from before, and of what is kept for that each rank has its share."""
     results = launch(_taken_back, 2, tmp_path, kind)
     total = sum(p.numel() for p in used_model().parameters())
     for found in results:
-        assert found["events"] == [(30, None), (42, 30)] and found["moments"]
+        assert found["events"] == [(30, None), (42, 30)] and found["moments"] and found["stopped"]
         assert all(same(found["states"][step], results[0]["states"][step]) for step in found["states"])
     states = results[0]["states"]
     assert not same(states[30], states[42]) and apart(states[29], states[42]) < 0.05 < apart(states[29], states[30])
@@ -296,6 +375,14 @@ def test_ranks_take_a_nowcast_back_together(tmp_path, kind):
 # -- what training adds ---------------------------------------------------------------------------------------------
 
 
+def _policies(how):
+    from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy
+
+    if how == "mixed precision":
+        return {"mp_policy": MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)}
+    return {"offload_policy": CPUOffloadPolicy(pin_memory=False)} if how == "offload" else {}
+
+
 def _trains(rank, how):
     model = used_model()
     if how == "checkpointing":
@@ -304,26 +391,95 @@ def _trains(rank, how):
         model[2] = checkpoint_wrapper(model[2])
     if how == "compile":
         model = torch.compile(model, backend="eager")
-        model = nn.parallel.DistributedDataParallel(model)
-    else:
-        model = wrapped("ddp" if how == "accumulation" else "fsdp2", model)
+    model = wrapped("ddp" if how in ("accumulation", "compile") else "fsdp2", model, **_policies(how))
     base = torch.optim.AdamW(model.parameters(), lr=0.003)
     optimizer = NiNo(base, model, "linear:context=3", period=PERIOD, horizon=1, patience=0)
-    names = [name for name, _, _ in optimizer.nowcasting.store.signature()]
     with torch.autocast("cpu", torch.bfloat16, enabled=how == "autocast"):
         states = trained(model, optimizer, STEPS, rank, accumulate=2 if how == "accumulation" else 1)
-    return {"states": states, "nowcasts": optimizer.nowcasting.nowcasts, "names": names}
+    nowcasting = optimizer.nowcasting
+    return {"states": states, "nowcasts": nowcasting.nowcasts, "signature": nowcasting.store.signature()}
 
 
-@pytest.mark.parametrize("how", ["autocast", "accumulation", "checkpointing", "compile"])
+@pytest.mark.parametrize("how", ["autocast", "accumulation", "checkpointing", "compile", "mixed precision", "offload"])
 def test_training_as_people_train(tmp_path, how):
-    """bf16 autocast, gradient accumulation, activation checkpointing and compiled models: nowcasts come when due,
-    under the bare model's names, and ranks stay together."""
+    """bf16 autocast, gradient accumulation, activation checkpointing, compiled models, FSDP's own mixed precision and
+    its offload to the host: nowcasts come when due, of float32 parameters under the bare model's names, and ranks stay
+    together."""
     first, second = launch(_trains, 2, tmp_path, how)
-    expected = {name for name, _ in used_model().named_parameters()}
-    assert set(first["names"]) == expected
+    assert {(name, dtype) for name, _, dtype in first["signature"]} == {
+        (name, "torch.float32") for name, _ in used_model().named_parameters()
+    }
     assert first["nowcasts"] == second["nowcasts"] == 2
     assert all(same(first["states"][step], second["states"][step]) for step in first["states"])
+
+
+SKIPPED = 3
+
+
+def _scales(rank, kind):
+    """float16 autocast with a scaler that skips step 3, whose gradient is infinite on rank 1."""
+    model = wrapped(kind, used_model())
+    base = torch.optim.AdamW(model.parameters(), lr=0.003)
+    optimizer = NiNo(base, model, "linear:context=3", period=PERIOD, horizon=1, patience=0)
+    scaler, states = torch.amp.GradScaler("cpu", init_scale=256.0), {}
+    for step in range(1, STEPS + 2):
+        optimizer.zero_grad()
+        x = torch.randn(8, 5, generator=torch.Generator().manual_seed(10 * step + rank))
+        with torch.autocast("cpu", torch.float16):
+            loss = nn.functional.mse_loss(model(x).float(), x[:, :3] * 0.5)
+        scaler.scale(loss * (float("inf") if step == SKIPPED and rank else 1.0)).backward()
+        optimizer.record_loss(loss)
+        scaler.step(optimizer)
+        scaler.update()
+        states[step] = whole(optimizer.nowcasting.store)
+    nowcasting = optimizer.nowcasting
+    return {
+        "states": states,
+        "count": nowcasting.step_count,
+        "events": [(event.step, event.accepted) for event in nowcasting.events],
+        "scale": scaler.get_scale(),
+    }
+
+
+@pytest.mark.parametrize("kind", ["ddp", "fsdp2"])
+def test_steps_that_a_scaler_skips_do_not_count_on_any_rank(tmp_path, kind):
+    """An infinite gradient on one rank: all of them skip the step, count the others alone, and nowcast when these make
+    a period."""
+    first, second = launch(_scales, 2, tmp_path, kind)
+    for found in (first, second):
+        assert found["count"] == STEPS and found["scale"] == 128.0
+        assert found["events"] == [(PERIOD, True), (2 * PERIOD, True)]
+        assert same(found["states"][SKIPPED - 1], found["states"][SKIPPED])
+        assert not same(found["states"][SKIPPED], found["states"][SKIPPED + 1])
+    assert all(same(first["states"][step], second["states"][step]) for step in first["states"])
+
+
+def _records(rank, folder, records):
+    """How often rows travel in a run whose warm-up ends after one period, and the record of it."""
+    nowcasting = started(wrapped("fsdp1", bare_model("fsdp1")), f"linear:context={PERIOD}", start_step=PERIOD)
+    ranks, step, travels = nowcasting.store.ranks, nowcasting.step, []
+    exchange, record = ranks.exchange, RunRecord(folder, writes=rank == 0)
+
+    def recorded():
+        record.before(nowcasting)
+        record.after(nowcasting, step())
+
+    ranks.exchange = lambda *tensors: travels.append(0) or exchange(*tensors)
+    if records:
+        record.begin(nowcasting)
+        nowcasting.step = recorded
+    drive(nowcasting, 1, 3 * PERIOD)
+    return len(travels), len(read_record(record.path)) if records and rank == 0 else 0
+
+
+def test_the_record_of_a_run_moves_no_rows_that_training_does_not_move(tmp_path):
+    """On FSDP1, where parameters travel to be read: once at the start, and at the steps of the warm-up that the path
+    shows; never where training takes a snapshot or nowcasts."""
+    plain = launch(_records, 2, tmp_path, str(tmp_path / "run"), False)
+    recorded = launch(_records, 2, tmp_path, str(tmp_path / "run"), True)
+    # An interval is one step.
+    assert [found[0] for found in recorded] == [found[0] + 1 + PERIOD for found in plain]
+    assert recorded[0][1] >= 2 + 3 * PERIOD + 2 and recorded[1][1] == 0
 
 
 def _losses(rank):

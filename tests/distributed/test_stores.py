@@ -203,3 +203,62 @@ def test_ranks_sum_exchange_and_vote(tmp_path):
         assert (found["least"], found["alike"], found["timeout"]) == ([0, 3], [True, False], 41)
     assert [found["rank"] for found in results] == [1, 2, 0]
     assert [found["first"] for found in results] == [True, False, False]
+
+
+def _fails(rank, when):
+    """Two sums with local work around them, of which rank 1 (or every rank) fails at ``when``."""
+    from hf_nino.training.ranks import FailedElsewhere, ProcessGroupRanks
+
+    ranks, numbers = ProcessGroupRanks(), torch.ones(3)
+
+    def work(stage):
+        if stage == when and (rank == 1 or when == "all"):
+            raise KeyError(stage)
+
+    found = {"error": None}
+    try:
+        with ranks.together():
+            for stage in ("first", "second"):
+                work(stage)
+                with ranks.together():
+                    work("all")
+                    ranks.sum_([numbers])
+            work("last")
+    except (FailedElsewhere, KeyError) as error:
+        found = {"error": str(error), "own": isinstance(error, KeyError)}
+    return found | {"numbers": numbers.tolist(), "later": ranks.texts(str(rank))}
+
+
+@pytest.mark.parametrize(("when", "sums"), [("first", 1), ("second", 3), ("last", 9), ("all", 1), ("never", 9)])
+def test_what_fails_on_one_rank_fails_on_all_at_the_next_collective(tmp_path, when, sums):
+    """Before the first collective, between two, after the last, on several ranks or on none: the rank raises its own
+    error, the others one that names it, none of them begins a further collective, and they can go on talking."""
+    results = launch(_fails, 3, tmp_path, when)
+    for rank, found in enumerate(results):
+        assert found["numbers"] == [sums] * 3 and found["later"] == ["0", "1", "2"]
+        if when == "never":
+            assert found["error"] is None
+        elif when == "all" or rank == 1:
+            assert found["own"] and found["error"] == repr(when)
+        else:
+            assert not found["own"] and found["error"] == f"rank 1 failed (KeyError: {when!r})"
+
+
+def _writes(rank, kind):
+    from hf_nino.training import make_store
+
+    store = make_store(wrapped(kind, bare_model(kind)))
+    before, rows = whole(store), store.snapshot()
+    if rank == 1:
+        rows["2.bias"] = rows["2.bias"][:0] if len(rows["2.bias"]) else torch.ones(9)
+    with pytest.raises((ValueError, RuntimeError)) as caught:
+        store.write({name: tensor + 1 for name, tensor in rows.items()})
+    return str(caught.value), same(before, whole(store))
+
+
+@pytest.mark.parametrize("kind", ["fsdp2", pytest.param("fsdp1", marks=pytest.mark.slow)])
+def test_a_rank_that_cannot_write_keeps_the_others_from_writing(tmp_path, kind):
+    """Nothing is written anywhere, and the others say who could not."""
+    results = launch(_writes, BACKENDS[kind], tmp_path, kind)
+    assert all(unchanged for _, unchanged in results)
+    assert "parameters' shapes" in results[1][0] and results[0][0].startswith("rank 1 failed (ValueError")

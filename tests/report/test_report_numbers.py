@@ -7,7 +7,7 @@ import pytest
 
 from hf_nino.report.facts import Nowcast, Place
 from hf_nino.report.gains import with_gains
-from hf_nino.report.numbers import difference, percent, readable, seconds, short, signed, thin, ticks, tidy, value_at
+from hf_nino.report.numbers import difference, percent, seconds, short, signed, thin, ticks, tidy, value_at
 from hf_nino.report.space import flatten
 
 
@@ -57,7 +57,6 @@ def test_numbers_are_written_shortly():
     assert [signed(x) for x in (0.123456, -0.002177)] == ["+0.123", "-0.00218"]
     assert [percent(x) for x in (0.0123, 0.5, 1.0)] == ["1.2%", "50%", "100%"]
     assert [seconds(x) for x in (0.002, 12.34, 120, 7200)] == ["2 ms", "12.3 s", "2 min", "2 h"]
-    assert [readable(x) for x in (12, 2048, 3 * 2**30)] == ["12 bytes", "2 KiB", "3 GiB"]
 
 
 def curve(drop: float, every: int = 5):

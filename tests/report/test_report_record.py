@@ -11,6 +11,7 @@ from hf_nino.report import RunRecord, page_of, read_run
 from hf_nino.report.projection import project
 from hf_nino.report.record import RECORD_NAME, read_record
 from hf_nino.training.forecast import Comparison
+from hf_nino.training.stores import PlainStore
 
 
 def test_a_record_holds_states_nowcasts_and_the_end(tmp_path):
@@ -168,3 +169,22 @@ def test_a_projection_is_linear_and_the_same_in_pieces(monkeypatch):
     assert torch.allclose(torch.tensor(project(state)), point, rtol=1e-4, atol=1e-5)
     assert not torch.allclose(torch.tensor(project({"b": state["a"]})), point, rtol=0.1)
     assert len(project({"a": state["a"].bfloat16()}, dimensions=7)) == 7
+
+
+def test_training_and_its_record_read_the_parameters_once(tmp_path, monkeypatch):
+    """Reading them costs some backends an exchange between ranks: the record uses what a snapshot or a nowcast has
+    read, and reads on its own at the start alone, and at steps at which training does not (warm-up)."""
+    reads = []
+    live = PlainStore.live
+    monkeypatch.setattr(PlainStore, "live", lambda store: reads.append(0) or live(store))
+    monkeypatch.setattr(PlainStore, "device", torch.device("cpu"))
+    counts = []
+    for record in (None, RunRecord(tmp_path / "run"), RunRecord(tmp_path / "late")):
+        reads.clear()
+        train(model(), 30, record, **({"start_step": 10} if record and record.path.parent.name == "late" else {}))
+        counts.append(len(reads))
+    plain, recorded, late = counts
+    assert plain == 15 and recorded == plain + 1
+    assert late == 10 + 1 + 5
+    lines = read_record(tmp_path / "run" / RECORD_NAME)
+    assert len([line for line in lines if "point" in line]) == 1 + 15 + 3

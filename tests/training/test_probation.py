@@ -504,36 +504,3 @@ def test_optimizers_that_nowcasts_would_corrupt_are_refused():
         parameter.grad = torch.ones(2)
         optimizer.step()
         check_optimizer(optimizer)
-
-
-# -- several ranks --------------------------------------------------------------------------------------------------
-
-
-def _rank(rank, folder):
-    torch.distributed.init_process_group("gloo", init_method=f"file://{folder}/ranks", rank=rank, world_size=2)
-    model = mlp(dropout=0.0)
-    replicas = nn.parallel.DistributedDataParallel(model)
-    optimizer = NiNo(torch.optim.AdamW(model.parameters(), lr=0.01), replicas, Spoil(), max_failures=1, **WATCHED)
-    states = {}
-    for step in range(1, PERIOD + PATIENCE + 4):
-        data = torch.Generator().manual_seed(2 * step + rank)
-        loss = nn.functional.mse_loss(replicas(torch.randn(8, 4, generator=data)), torch.ones(8, 2))
-        optimizer.zero_grad()
-        loss.backward()
-        # Rank 1 alone sees how bad it is; rank 0 would keep the nowcast.
-        optimizer.record_loss(loss if rank else torch.tensor(1.0))
-        optimizer.step()
-        states[step] = parameters(model)
-    torch.save({"states": states, "back": optimizer.nowcasting.taken_back}, f"{folder}/{rank}.pt")
-    torch.distributed.destroy_process_group()
-
-
-@pytest.mark.slow
-@pytest.mark.distributed
-def test_ranks_take_back_together(tmp_path):
-    """The decision is the same on every rank, and so are the parameters at every step."""
-    torch.multiprocessing.spawn(_rank, (str(tmp_path),), nprocs=2)
-    first, second = (torch.load(tmp_path / f"{rank}.pt", weights_only=True) for rank in range(2))
-    assert first["back"] == second["back"] == 1
-    assert all(same(first["states"][step], second["states"][step]) for step in first["states"])
-    assert same(first["states"][PERIOD - 1], second["states"][PERIOD - 1])

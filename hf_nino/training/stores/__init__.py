@@ -28,20 +28,18 @@ def make_store(model: nn.Module) -> ParameterStore:
     bare = _bare(model)
     if not running():
         return plain_store(bare)
-    failure = ""
+    ranks, holders, failure = ProcessGroupRanks(), {}, ""
     try:
         holders = find_holders(bare)
-        if not holders:
-            failure = _NOTHING
+        failure = "" if holders else _NOTHING
     except Exception as error:
         failure = str(error)
-    failure = ProcessGroupRanks().agree(failure)
+    failure = ranks.agree(failure)
     if failure:
         raise ValueError(failure)
-    ranks = ProcessGroupRanks()
     if ranks.size == 1 and all(isinstance(holder, Replica) for holder in holders.values()):
         return PlainStore(bare)
-    return DividedStore(bare, find_holders)
+    return DividedStore(bare, find_holders, holders)
 
 
 def plain_store(model: nn.Module) -> PlainStore:

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -69,6 +71,13 @@ class ParameterStore(ABC):
         """Which rank has which rows; ``None`` if one process has them all."""
         return None
 
+    def elements(self, own: bool = True) -> int:
+        """Elements of this rank's rows; with ``own=False``, of all parameters."""
+        shards = self.shards()
+        if shards is None or not own:
+            return sum(math.prod(shape) for _, shape, _ in self.signature())
+        return sum(shards.local(name).numel for name in shards.ranges)
+
     def gather(self, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Whole tensors, on all ranks, of a state that is divided as :meth:`live` is."""
         return dict(state)
@@ -95,6 +104,10 @@ class ParameterStore(ABC):
             value.copy_(rows)
 
     # -- decisions --------------------------------------------------------------------------------------------------
+
+    def together(self) -> AbstractContextManager[None]:
+        """What fails inside on one rank is an error on all of them (:meth:`ProcessGroupRanks.together`)."""
+        return nullcontext() if self.ranks is None else self.ranks.together()
 
     def agree(self, failure: str) -> str:
         """Why something cannot be done, on any rank; empty: it can, on all of them (:meth:`ProcessGroupRanks.agree`).

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import nullcontext
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from ...nowcaster.shards import Shards
-from ..ranks import ProcessGroupRanks
+from ..ranks import ProcessGroupRanks, as_bytes
 from .base import ParameterStore, Signature, check_state, signature_hash
 from .holders import Holder, Replica
 from .layout import Layout, Move, Span, row_order
@@ -26,23 +27,26 @@ class DividedStore(ParameterStore):
     Args:
         model: the bare model.
         find: {name: holder} of its trainable parameters as they are now, in the same order on all ranks.
+        holders: what ``find`` gives at present, if that is known.
 
     Raises:
         ValueError: ranks that hold different parameters (pipelines), or spans that do not make whole parameters; on
             all ranks.
     """
 
-    def __init__(self, model: nn.Module, find: Callable[[nn.Module], dict[str, Holder]]) -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        find: Callable[[nn.Module], dict[str, Holder]],
+        holders: dict[str, Holder] | None = None,
+    ) -> None:
         self.model = model
         self._find = find
-        self.ranks = ProcessGroupRanks()
         self._layouts: dict[str, Layout] = {}
         self._copies: dict[str, Layout] = {}
-        self._arranged: Signature | None = None
+        self._arranged: tuple = ()
         self._shards: Shards | None = None
-        holders = find(model)
-        self.whole = all(isinstance(holder, Replica) for holder in holders.values())
-        self._arrange(holders)
+        self._arrange(find(model) if holders is None else holders)
 
     def signature(self) -> Signature:
         return _signature(self._find(self.model))
@@ -57,9 +61,15 @@ class DividedStore(ParameterStore):
 
     @torch.no_grad()
     def live(self) -> dict[str, Tensor]:
+        holders = self._holders()
+        travels = not all(layout.holds_own for layout in self._layouts.values())
+        with self.ranks.together() if travels else nullcontext():
+            return self._read(holders)
+
+    def _read(self, holders: Mapping[str, Holder]) -> dict[str, Tensor]:
         result: dict[str, Tensor] = {}
         rank = self.ranks.rank
-        for bucket in self._buckets(self._holders()):
+        for bucket in self._buckets(holders):
             sources, targets, moves = {}, {}, {}
             for name, holder in bucket.items():
                 layout = self._layouts[name]
@@ -77,12 +87,14 @@ class DividedStore(ParameterStore):
     @torch.no_grad()
     def write(self, state: Mapping[str, Tensor]) -> None:
         holders = self._holders()
-        rank = self.ranks.rank
-        check_state(state, {name: layout.rows[rank].local_shape for name, layout in self._layouts.items()})
-        for bucket in self._buckets({name: holder for name, holder in holders.items() if name in state}):
-            self._deliver(bucket, state, self._layouts)
-            copies = {name: holder.copy for name, holder in bucket.items() if holder.copy is not None}
-            self._deliver(copies, state, self._copies)
+        shapes = {name: layout.rows[self.ranks.rank].local_shape for name, layout in self._layouts.items()}
+        with self.ranks.together():
+            check_state(state, shapes)
+        with self.ranks.together():
+            for bucket in self._buckets({name: holder for name, holder in holders.items() if name in state}):
+                self._deliver(bucket, state, self._layouts)
+                copies = {name: holder.copy for name, holder in bucket.items() if holder.copy is not None}
+                self._deliver(copies, state, self._copies)
 
     def _deliver(
         self, holders: Mapping[str, Holder], state: Mapping[str, Tensor], layouts: Mapping[str, Layout]
@@ -106,9 +118,14 @@ class DividedStore(ParameterStore):
 
     @torch.no_grad()
     def gather(self, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        holders = {name: holder for name, holder in self._holders().items() if name in state}
+        with self.ranks.together():
+            return self._gather(holders, state)
+
+    def _gather(self, holders: Mapping[str, Holder], state: Mapping[str, Tensor]) -> dict[str, Tensor]:
         rank = self.ranks.rank
         result = {}
-        for bucket in self._buckets({name: holder for name, holder in self._holders().items() if name in state}):
+        for bucket in self._buckets(holders):
             sources, targets, moves = {}, {}, {}
             for name in bucket:
                 layout = self._layouts[name]
@@ -129,23 +146,27 @@ class DividedStore(ParameterStore):
     @torch.no_grad()
     def write_states(self, states: Mapping[Any, tuple[Tensor, Tensor, Tensor]]) -> None:
         replicas = self._replicas()
-        rank = self.ranks.rank
-        for parameter, value, rows in states.values():
-            name = replicas.get(id(parameter))
-            if name is None or value.shape != parameter.shape:
-                local(value).copy_(rows)
-                continue
-            layout = self._layouts[name]
-            own = rows.to(value.device, value.dtype).reshape(-1)
-            whole = torch.empty(value.numel(), dtype=value.dtype, device=value.device)
-            self._travel({name: layout.gathers(rank)}, {name: (layout.own[rank][0], own)}, {name: (0, whole)})
-            value.copy_(whole.view(value.shape))
+        with self.ranks.together():
+            for parameter, value, rows in states.values():
+                name = replicas.get(id(parameter))
+                if name is None or value.shape != parameter.shape:
+                    local(value).copy_(rows)
+                else:
+                    self._spread(name, value, rows)
+
+    def _spread(self, name: str, value: Tensor, rows: Tensor) -> None:
+        """Make a tensor that every rank holds whole of the rows of each."""
+        layout, rank = self._layouts[name], self.ranks.rank
+        own = rows.to(value.device, value.dtype).reshape(-1)
+        whole = torch.empty(value.numel(), dtype=value.dtype, device=value.device)
+        self._travel({name: layout.gathers(rank)}, {name: (layout.own[rank][0], own)}, {name: (0, whole)})
+        value.copy_(whole.view(value.shape))
 
     # -- inside -----------------------------------------------------------------------------------------------------
 
     def _holders(self) -> dict[str, Holder]:
         holders = self._find(self.model)
-        if _signature(holders) != self._arranged:
+        if _arrangement(holders) != self._arranged:
             self._arrange(holders)
         return holders
 
@@ -157,15 +178,14 @@ class DividedStore(ParameterStore):
     def _arrange(self, holders: Mapping[str, Holder]) -> None:
         """Tell the others what is here, and work out who has which rows."""
         signature = _signature(holders)
-        # In the order of global ranks, until the order of rows is known.
-        self.ranks = ProcessGroupRanks()
-        if not self.ranks.alike(signature_hash(signature)):
+        ranks = ProcessGroupRanks()  # as they are, until the order of rows is known
+        if not ranks.alike(signature_hash(signature)):
             raise ValueError(
                 "`model` must have the same parameters on all ranks, but their names, shapes or dtypes differ "
                 "(pipeline or expert parallel?): train it without nowcasts"
             )
         copies = {name: holder.copy for name, holder in holders.items() if holder.copy is not None}
-        table = self._spans([*holders.values(), *copies.values()])
+        table = _spans(ranks, [*holders.values(), *copies.values()])
         layouts = {
             name: _layout(name, holder.shape, held)
             for (name, holder), held in zip(holders.items(), table, strict=False)
@@ -178,13 +198,8 @@ class DividedStore(ParameterStore):
             for name, held in zip(copies, table[len(holders) :], strict=True)
         }
         self._shards = Shards({name: layout.rows for name, layout in self._layouts.items()}, self.ranks)
-        self._arranged = signature
-
-    def _spans(self, holders: Sequence[Holder]) -> list[tuple[Span, ...]]:
-        """For every holder, the spans of all ranks."""
-        found = self.ranks.gather(torch.tensor([holder.span for holder in holders]))
-        every = [[tuple(span) for span in rank.tolist()] for rank in found]
-        return list(zip(*every, strict=True))
+        self.whole = all(isinstance(holder, Replica) for holder in holders.values())
+        self._arranged = _arrangement(holders)
 
     def _buckets(self, holders: Mapping[str, Holder]) -> Iterator[dict[str, Holder]]:
         """The same on all ranks: by the sizes of whole parameters."""
@@ -213,9 +228,9 @@ class DividedStore(ParameterStore):
                     if move.target == self.ranks.rank:
                         target[move.start - first : move.stop - first].copy_(piece)
                     else:
-                        outgoing[move.target].append(_bytes(piece))
+                        outgoing[move.target].append(as_bytes(piece.contiguous()))
                 else:
-                    arrivals[move.source].append(_bytes(target[move.start - first : move.stop - first]))
+                    arrivals[move.source].append(as_bytes(target[move.start - first : move.stop - first]))
         if self.ranks.size == 1:
             return
         device = next(iter(targets.values()))[1].device
@@ -236,12 +251,20 @@ def _signature(holders: Mapping[str, Holder]) -> Signature:
     return tuple((name, holder.shape, str(holder.dtype)) for name, holder in holders.items())
 
 
+def _arrangement(holders: Mapping[str, Holder]) -> tuple:
+    """What tells how parameters are held: it changes where ``accelerator.prepare`` shards a model, on all ranks."""
+    return tuple((name, h.shape, h.dtype, type(h).__name__, h.span) for name, h in holders.items())
+
+
+def _spans(ranks: ProcessGroupRanks, holders: Sequence[Holder]) -> list[tuple[Span, ...]]:
+    """For every holder, the spans of all ranks."""
+    found = ranks.gather(torch.tensor([holder.span for holder in holders]))
+    every = [[tuple(span) for span in rank.tolist()] for rank in found]
+    return list(zip(*every, strict=True))
+
+
 def _layout(name: str, shape: tuple[int, ...], held: tuple[Span, ...]) -> Layout:
     try:
         return Layout(shape, held)
     except ValueError as error:
         raise ValueError(f"`model` must be held whole by all ranks together, but of {name!r} {error}") from error
-
-
-def _bytes(tensor: Tensor) -> Tensor:
-    return tensor.contiguous().view(torch.uint8)
