@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -67,6 +68,7 @@ class NiNo(torch.optim.Optimizer):
         self.base_optimizer = optimizer
         self.nowcasting = Nowcasting(nowcaster, model, **nowcasting)
         self._begun = False
+        self._all_groups: list[dict[str, Any]] | None = None
 
     # -- what the base optimizer has --------------------------------------------------------------------------------
 
@@ -76,6 +78,11 @@ class NiNo(torch.optim.Optimizer):
 
     @param_groups.setter
     def param_groups(self, groups: list[dict[str, Any]]) -> None:
+        # DeepSpeed's ZeRO-1 and 2 step one group after the other, and show the optimizer that one alone meanwhile.
+        before = self._all_groups or self.base_optimizer.param_groups
+        known = {id(group) for group in before}
+        one_of_them = 0 < len(groups) < len(before) and all(id(group) in known for group in groups)
+        self._all_groups = before if one_of_them else None
         self.base_optimizer.param_groups = groups
 
     @property
@@ -124,12 +131,27 @@ class NiNo(torch.optim.Optimizer):
             return self.base_optimizer.step(closure)
         if not self._begun:
             self._begun = True
-            self.nowcasting.begin(None, self.base_optimizer)
+            with self._whole():
+                self.nowcasting.begin(None, self.base_optimizer)
         value = self.base_optimizer.step(closure)
+        if self._all_groups is not None and self.param_groups[-1] is not self._all_groups[-1]:
+            return value  # others follow
         if closure is not None and not self.nowcasting.losses.recorded and as_loss(value) is not None:
             self.nowcasting.record_loss(value)
-        self.nowcasting.step(optimizer=self.base_optimizer)
+        with self._whole():
+            self.nowcasting.step(optimizer=self.base_optimizer)
         return value
+
+    @contextmanager
+    def _whole(self) -> Iterator[None]:
+        """Show all groups, where the base optimizer is shown one of them."""
+        shown = self.base_optimizer.param_groups
+        if self._all_groups is not None:
+            self.base_optimizer.param_groups = self._all_groups
+        try:
+            yield
+        finally:
+            self.base_optimizer.param_groups = shown
 
     def record_loss(self, loss: Tensor | float) -> None:
         """Tell the training loss, before :meth:`step`: what ``backward`` was called on, for every micro-batch.

@@ -52,6 +52,34 @@ def test_it_is_the_base_optimizer_to_everyone_else():
     assert len(base.param_groups) == 2
 
 
+def test_groups_that_are_stepped_one_by_one_make_one_step():
+    """As DeepSpeed's ZeRO-1 and 2 do it.  Parameters and events are those of a loop that steps all groups at once,
+    and the rates of all groups count."""
+
+    def run(one_by_one):
+        torch.manual_seed(0)
+        model = mlp(dropout=0.0)
+        tensors = list(model.parameters())
+        groups = [{"params": tensors[:2], "lr": 1e-2}, {"params": tensors[2:], "lr": 2e-2}]
+        optimizer = NiNo(torch.optim.AdamW(groups), model, Line(), period=PERIOD, horizon=2)
+        optimizer.lr_scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 0.9**step)
+        for step in range(2 * PERIOD + 2):
+            backward(model, step)
+            whole = optimizer.param_groups
+            for group in whole if one_by_one else [None]:
+                if group is not None:
+                    optimizer.param_groups = [group]
+                optimizer.step()
+                optimizer.param_groups = whole
+            optimizer.lr_scheduler.step()
+            optimizer.zero_grad()
+        return parameters(model), [(event.step, event.horizon) for event in optimizer.nowcasting.events]
+
+    (states, events), (expected, expected_events) = run(True), run(False)
+    assert len(events) == 2 and events == expected_events
+    assert same(states, expected)
+
+
 def test_hooks_run_with_the_base_optimizers_steps():
     """Step hooks registered on the wrapper are called once per step."""
     model = mlp()
