@@ -26,6 +26,7 @@ COMMANDS = [
     "bench",
     "bench report",
     "bench engine",
+    "bench scaling",
 ]
 
 

@@ -48,7 +48,7 @@ TILE = 1 << 16
 """Edges of a tile; on a real machine its cache or a timing says."""
 TRAFFIC = 3 * STATE.itemsize
 """Bytes per parameter of snapshots and predictions: two are read (by a spectral nowcast one twice), one is written."""
-SPECTRAL_MEMORY = 124
+SPECTRAL_MEMORY = 148
 """Bytes per parameter that the elementwise operators of a spectral nowcast read and write beside these."""
 
 
@@ -263,8 +263,8 @@ def _spectral(nowcaster: SpectralNowcaster, shards: Shards) -> dict[str, int]:
     return {
         # The prediction; a matrix, its powers and its direction.
         "working_bytes": own * STATE.itemsize + 4 * largest * item,
-        # Whether all remember, and three sums for the cosine of every parameter.
-        "summed_bytes": item + 3 * len(shapes) * item,
+        # Whether all remember, and five sums for the two cosines of every parameter.
+        "summed_bytes": item + 5 * len(shapes) * item,
         "exchanged_bytes": item * sum(_to_owners(shards, names) + _from_owners(shards, names) for names in together),
         "collectives": 2 + 2 * len(together),
         # All wait for the costliest of a round.
