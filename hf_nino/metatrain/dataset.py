@@ -10,6 +10,7 @@ from typing import Any
 from datasets import Dataset, Features, IterableDataset, List, Value
 from huggingface_hub import snapshot_download
 
+from ..nowcaster.hub_errors import hub_error
 from .card import trajectory_rows
 from .trajectory import Trajectory
 
@@ -54,12 +55,17 @@ def load_trajectories(path: str | Path, *, revision: str | None = None) -> Datas
         A dataset with the columns of :data:`FEATURES` and ``path``, the folder of the trajectory on this machine.
 
     Raises:
-        ValueError: there is no trajectory in the folder, or one that is malformed.
+        ValueError: there is no trajectory in the folder, or one that is malformed; or ``path`` is neither a folder nor
+            the name of a repository.
         OSError: there is no such folder, and no such repository can be reached.
     """
     folder = Path(path).expanduser()
     if not folder.is_dir():
-        folder = Path(snapshot_download(str(path), repo_type="dataset", revision=revision))
+        try:
+            folder = Path(snapshot_download(str(path), repo_type="dataset", revision=revision))
+        except Exception as error:
+            what = f"the dataset {str(path)!r}, of which there is no folder"
+            raise hub_error(error, what, f"dataset repository {str(path)!r}") from error
     rows = [{**row, "path": str(folder / row["folder"])} for row in trajectory_rows(folder)]
     return Dataset.from_list(rows, features=Features({**FEATURES, "path": Value("string")}))
 

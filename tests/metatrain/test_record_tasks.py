@@ -368,3 +368,13 @@ def test_the_graph_of_a_recorded_model_fits_its_states(finished, name):
     graph = NeuralGraph.from_model(trajectory.build_model(), example_inputs(trajectory))
     assert {name: tuple(graph.shapes[name]) for name in graph.parameter_names} == trajectory.shapes
     assert graph.num_parameters == trajectory.num_parameters
+
+
+@pytest.mark.parametrize(
+    ("path", "kind", "message"),
+    [("/no/such/folder", ValueError, "no name of a repository"), ("runs/none", OSError, "")],
+)
+def test_a_folder_that_does_not_exist_is_said_to_be_none(path, kind, message):
+    """Whether or not its name could be that of a repository; and the folder is named."""
+    with pytest.raises(kind, match=f"{path}', of which there is no folder.*{message}"):
+        load_trajectories(path)
