@@ -2,10 +2,12 @@
 
 import json
 import math
+import signal
 import subprocess
 import sys
 import time
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -146,12 +148,14 @@ def test_an_interrupted_benchmark_leaves_whole_results_and_no_processes(tmp_path
     """Killed by Ctrl-C in mid-run, it leaves only results that can be read, and the same command finishes them."""
     command = [sys.executable, "-W", "ignore", "-m", "hf_nino.cli", "bench", "--out", str(tmp_path), "--tasks", "tiny"]
     command += ["--methods", "momentum", "--protocols", "fixed", "--seeds", "0,1", "--jobs", "1"]
-    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    # Where the tests run in the background of a script, Ctrl-C is ignored, and so it would be by what they start.
+    heed = partial(signal.signal, signal.SIGINT, signal.SIG_DFL)
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, preexec_fn=heed)
     for _ in range(1200):
         if list(tmp_path.glob("runs/tiny/*.json")):
             break
         time.sleep(0.1)
-    process.send_signal(2)
+    process.send_signal(signal.SIGINT)
     process.wait(60)
     assert process.returncode != 0
     whole = [json.loads(path.read_text()) for path in tmp_path.glob("runs/tiny/*.json")]
