@@ -19,6 +19,7 @@ from transformers.utils import logging
 from ..nowcaster.auto import MODELS, load_nowcaster
 from ..nowcaster.configuration import NowcasterConfig
 from ..nowcaster.modeling import NiNoModel, WNNModel
+from ..training.estimate import in_words
 from .describe import software
 from .meta_checkpoint import last_checkpoint, read_state
 from .meta_cost import plan_cost
@@ -250,7 +251,7 @@ def _told(data: Mapping[str, Any], training: MetaTraining, evaluation: Evaluatio
         f"{type(network).__name__} with {_count(network):,} parameters, on {data['trajectories']} trajectories with "
         f"{data['snapshots']:,} snapshots; held out: {held[0]} runs of the same tasks and {held[1]} of other tasks. "
         f"{left:,} steps of {settings.batch_size} x {settings.slices} slices are left: about "
-        f"{_span(left * cost.step)}, and {_span(times * cost.evaluation)} for evaluations, with {many} on "
+        f"{in_words(left * cost.step)}, and {in_words(times * cost.evaluation)} for evaluations, with {many} on "
         f"{accelerator.device}. The same command goes on where it was interrupted."
     )
 
@@ -276,12 +277,6 @@ def _shown(numbers: Mapping[str, float]) -> dict[str, str]:
 
 def _count(network: torch.nn.Module) -> int:
     return sum(parameter.numel() for parameter in network.parameters())
-
-
-def _span(seconds: float) -> str:
-    if seconds < 120:
-        return f"{seconds:.0f} seconds"
-    return f"{seconds / 60:.0f} minutes" if seconds < 7200 else f"{seconds / 3600:.1f} hours"
 
 
 def _flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:

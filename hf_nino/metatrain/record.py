@@ -17,7 +17,7 @@ from tqdm.auto import tqdm
 from transformers.utils import logging
 
 from ..bench.training.tasks.base import Task
-from ..training.estimate import readable
+from ..training.estimate import in_words, readable
 from ..workers import cores, threads_of_each, workers
 from .card import write_dataset
 from .recipe import Recipe
@@ -255,16 +255,10 @@ def _do(
 
 def _told(cost: Cost, jobs: int, out: Path) -> str:
     return (
-        f"{cost.runs} runs are left, {cost.steps:,} steps in all: about {_span(cost.seconds / jobs)} with {jobs} "
+        f"{cost.runs} runs are left, {cost.steps:,} steps in all: about {in_words(cost.seconds / jobs)} with {jobs} "
         f"{'process' if jobs == 1 else 'processes'}, and at most {readable(cost.size)} in {out}. The "
         "same command goes on where it was interrupted."
     )
-
-
-def _span(seconds: float) -> str:
-    if seconds < 120:
-        return f"{seconds:.0f} seconds"
-    return f"{seconds / 60:.0f} minutes" if seconds < 7200 else f"{seconds / 3600:.1f} hours"
 
 
 def _summary(

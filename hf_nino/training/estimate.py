@@ -290,6 +290,13 @@ def synchronize(device: torch.device) -> None:
         torch.cuda.current_stream(device).synchronize()
 
 
+def in_words(seconds: float) -> str:
+    """``"90 seconds"``, ``"12 minutes"``, ``"3.5 hours"``."""
+    if seconds < 120:
+        return f"{seconds:.0f} seconds"
+    return f"{seconds / 60:.0f} minutes" if seconds < 7200 else f"{seconds / 3600:.1f} hours"
+
+
 def readable(size: float) -> str:
     """``"2.3 GiB"``."""
     for unit in ("B", "KiB", "MiB", "GiB"):

@@ -82,7 +82,7 @@ def test_a_card_is_extended_once():
     ("base", "metadata", "expected"),
     [
         ("", "", "This model was trained from scratch on"),
-        ("/tmp/somewhere", "base_model: /tmp/somewhere\n", "This model is a fine-tuned version of a local model on"),
+        ("/data/weights", "base_model: /data/weights\n", "This model is a fine-tuned version of a local model on"),
         ("None", "base_model: None\n", "This model is a fine-tuned version of a local model on"),
         ("org/base", "base_model: org/base\n", "This model is a fine-tuned version of [org/base]("),
         ("gpt2", "base_model: gpt2\n", "This model is a fine-tuned version of [gpt2]("),

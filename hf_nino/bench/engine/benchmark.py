@@ -19,6 +19,7 @@ from typing import Any
 import torch
 from tqdm.auto import tqdm
 
+from ...training.estimate import in_words
 from .measure import busy, network_of
 from .models import SHAPES, Shape
 from .original import CHECKPOINT, check_checkout
@@ -185,7 +186,7 @@ def run_engine_benchmark(settings: Settings, folder: Path, say: Callable[[str], 
     missing = [job for job in jobs if job.key not in results["done"]]
     if missing:
         seconds = sum(expected_seconds(job, results["done"][first.key]["float32"]) for job in missing)
-        say(f"{len(missing)} measurements, about {_minutes(seconds)}; the same command goes on where this one stops")
+        say(f"{len(missing)} measurements, about {in_words(seconds)}; the same command goes on where this one stops")
     with tqdm(missing, desc="engine", unit="measurement", disable=not missing) as progress:
         for job in progress:
             progress.set_postfix_str(job.key)
@@ -267,7 +268,3 @@ def _machine(device: str) -> str:
         return torch.cuda.get_device_name()
     capability = torch.backends.cpu.get_cpu_capability()
     return f"{platform.machine()} {capability}, {os.cpu_count()} cores"
-
-
-def _minutes(seconds: float) -> str:
-    return f"{seconds:.0f} seconds" if seconds < 90 else f"{seconds / 60:.0f} minutes"

@@ -17,6 +17,7 @@ import torch
 from tqdm.auto import tqdm
 from transformers.utils import logging
 
+from ...training.estimate import in_words
 from ...workers import cores, workers
 from . import methods, tasks
 from .loop import train
@@ -203,7 +204,7 @@ def _cost(missing: set[RunSpec], out: Path, jobs: int, device: torch.device) -> 
         return "No run is missing, unless learning rates have to be swept further."
     packed = 1 if device.type == "cuda" else jobs
     return (
-        f"About {len(missing)} runs, {seconds / packed / 60:.0f} minutes with {jobs} at once, evaluations and "
+        f"About {len(missing)} runs, {in_words(seconds / packed)} with {jobs} at once, evaluations and "
         f"nowcasts not counted. Everything goes to {out}; the same command goes on where it was interrupted."
     )
 

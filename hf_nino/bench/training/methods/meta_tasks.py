@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -11,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 
-class TinyTask:
+class TinyTask(ABC):
     """Parameters to begin with, and a loss on a new batch at every call.
 
     Args:
@@ -21,13 +22,13 @@ class TinyTask:
     def __init__(self, seed: int) -> None:
         self.random = torch.Generator().manual_seed(seed)
 
+    @abstractmethod
     def initial(self) -> list[Tensor]:
         """Initial parameters, all that there are."""
-        raise NotImplementedError
 
+    @abstractmethod
     def loss(self, parameters: Sequence[Tensor]) -> Tensor:
         """Mean cross-entropy on a new batch."""
-        raise NotImplementedError
 
     def gradients(self, parameters: Sequence[Tensor]) -> tuple[float, list[Tensor]]:
         """Loss on a new batch, and its gradient."""
