@@ -29,7 +29,7 @@ from ..nowcaster import (
 from ..nowcaster.operations import operations, working_memory
 from ..nowcaster.owners import rounds
 from ..nowcaster.portion import portion_of
-from ..nowcaster.spectral import _STEPS, _cost
+from ..nowcaster.whitening import whitening_operations
 from ..training.stores.layout import Layout
 from .engine.models import SHAPES, Shape
 
@@ -256,7 +256,7 @@ def _network(network: NiNoModel, graph: NeuralGraph, shards: Shards) -> dict[str
 def _spectral(nowcaster: SpectralNowcaster, shards: Shards) -> dict[str, int]:
     item = torch.float32.itemsize
     shapes = {name: shards.local(name).shape for name in shards.ranges}
-    matrices = {name: _cost(shape) for name, shape in shapes.items() if nowcaster._whitens(shape)}
+    matrices = {name: whitening_operations(shape) for name, shape in shapes.items() if nowcaster.whitens(shape)}
     together = rounds(matrices, shards.ranks.size)
     own = sum(shards.local(name).numel for name in shapes)
     largest = max((math.prod(shapes[name]) for name in matrices), default=0)
@@ -268,18 +268,10 @@ def _spectral(nowcaster: SpectralNowcaster, shards: Shards) -> dict[str, int]:
         "exchanged_bytes": item * sum(_to_owners(shards, names) + _from_owners(shards, names) for names in together),
         "collectives": 2 + 2 * len(together),
         # All wait for the costliest of a round.
-        "operations": sum(_whitening(shapes[names[0]]) for names in together),
+        "operations": sum(matrices[names[0]] for names in together),
         "traffic_bytes": own * TRAFFIC,
         "memory_bytes": own * SPECTRAL_MEMORY,
     }
-
-
-def _whitening(shape: tuple[int, ...]) -> int:
-    """Operations of :func:`hf_nino.nowcaster.spectral.whitened`."""
-    across = math.prod(shape[1:])
-    short, long = min(shape[0], across), max(shape[0], across)
-    cubic = sum(bool(step[2]) for step in _STEPS)
-    return 4 * short**2 * long * len(_STEPS) + 2 * short**3 * cubic
 
 
 def _to_owners(shards: Shards, names: tuple[str, ...]) -> int:

@@ -13,10 +13,8 @@ from .displacements import DisplacementNowcaster
 from .owners import from_owners, rounds, to_owners
 from .rules import check_number, check_whole
 from .shards import Shards
+from .whitening import cosine, whitened, whiteness_of_noise, whitening_operations
 
-# Coefficients of x <- a x + b xx'x + c (xx')^2 x.  Five steps of Muon's (Jordan et al., 2024) take every singular
-# value that is not tiny from (0, 1] to 0.7 .. 1.2; two of Newton and Schulz take it from there to within 3% of 1.
-_STEPS = ((3.4445, -4.7750, 2.0315),) * 5 + ((1.5, -0.5, 0.0),) * 2
 # Share of the whiteness of noise above which a matrix counts as white.  In runs of a small GPT-2 (width 64) momenta of
 # AdamW's moves had 0.3 to 0.92 of it, and those of Muon's 0.95 to 1.06.
 _WHITE = 0.95
@@ -118,7 +116,7 @@ class SpectralNowcaster(DisplacementNowcaster):
         agreement, whiteness = cosine(displacement, direction), cosine(kept["buffer"], direction)
         self._learn(kept["gain"], agreement, whiteness, tuple(direction.shape))
         buffer = kept["buffer"].lerp_(displacement, 1 - self.momentum)
-        new = whitened(buffer) if self._whitens(buffer.shape) else buffer
+        new = whitened(buffer) if self.whitens(buffer.shape) else buffer
         return self._step(displacement, new, kept)
 
     def moves(
@@ -130,7 +128,7 @@ class SpectralNowcaster(DisplacementNowcaster):
         names = sorted(names)
         self._learn_together(names, displacement, shards)
         shapes = {name: shards.local(name).shape for name in names}
-        matrices = {name: _cost(shape) for name, shape in shapes.items() if self._whitens(shape)}
+        matrices = {name: whitening_operations(shape) for name, shape in shapes.items() if self.whitens(shape)}
         for name in names:
             if name not in matrices:
                 kept, moved = self.kept(name), displacement(name)
@@ -144,14 +142,14 @@ class SpectralNowcaster(DisplacementNowcaster):
             for name in together:
                 yield name, self._step(moved[name], directions[name], self.kept(name))
 
-    def _whitens(self, shape: tuple[int, ...]) -> bool:
+    def whitens(self, shape: tuple[int, ...]) -> bool:
         """Whether a parameter of this shape is whitened."""
         return self.whiten and len(shape) > 1 and 0 not in shape
 
     def _learn(self, gain: Tensor, agreement: Tensor, whiteness: Tensor, shape: tuple[int, ...]) -> None:
         """Feedback on the gain of a parameter of this shape, in place."""
         target: Tensor | float = self.target
-        if self._whitens(shape) and min(shape[0], math.prod(shape[1:])) > 1:
+        if self.whitens(shape) and min(shape[0], math.prod(shape[1:])) > 1:
             white = whiteness > _WHITE * whiteness_of_noise(shape)
             target = self.target * torch.where(white, 1 + self.restraint * gain, 1.0)
         # Nothing can be said before the first jump, nor for a tensor that does not move: its gain stays.
@@ -189,61 +187,3 @@ class SpectralNowcaster(DisplacementNowcaster):
             f"SpectralNowcaster(momentum={self.momentum}, period={self.period}, gain={self.gain}, rate={self.rate}, "
             f"target={self.target}, max_gain={self.max_gain}, restraint={self.restraint}, whiten={self.whiten})"
         )
-
-
-def _cost(shape: tuple[int, ...]) -> int:
-    """Of whitening, up to a constant."""
-    across = math.prod(shape[1:])
-    return shape[0] * across * min(shape[0], across)
-
-
-def cosine(a: Tensor, b: Tensor) -> Tensor:
-    """The cosine of the angle between two tensors, a scalar on their device; NaN if one of them is 0."""
-    return (a * b).sum() / (a.norm() * b.norm())
-
-
-def whiteness_of_noise(shape: tuple[int, ...]) -> float:
-    """``cos(A, polar(A))``, the mean singular value over its root mean square, of a large matrix of Gaussian noise.
-
-    8 / (3 pi) for a square one and nearly 1 for a narrow one, by the law of Marchenko and Pastur; in between within
-    0.01 of it.  1 is a matrix whose singular values are all equal.
-
-    Args:
-        shape: two axes or more; all but the first are taken together.
-    """
-    rows, columns = shape[0], math.prod(shape[1:])
-    return 1 - (1 - 8 / (3 * math.pi)) * min(rows, columns) / max(rows, columns)
-
-
-def whitened(matrix: Tensor) -> Tensor:
-    """``|A| polar(A) / sqrt(rank)``: the same Frobenius norm, spread evenly over all singular directions.
-
-    By matrix products alone; :func:`whitened_exactly` is the same by a singular value decomposition.  Singular values
-    come out within 3% of equal, but for those below about 1/1000 of the norm, which stay smaller.
-
-    Args:
-        matrix: of two axes or more, float32; all but the first are taken together.
-
-    Returns:
-        The same shape and dtype; 0 for 0.
-    """
-    flat = matrix.flatten(1)
-    wide = flat if flat.shape[0] <= flat.shape[1] else flat.mT
-    tiny = torch.finfo(flat.dtype).tiny
-    largest = wide.abs().amax().clamp_min(tiny)
-    x = wide / largest
-    norm = x.norm().clamp_min(tiny)
-    x = x / norm
-    for a, b, c in _STEPS:
-        gram = x @ x.mT
-        polynomial = torch.addmm(gram, gram, gram, beta=b, alpha=c) if c else b * gram
-        x = torch.addmm(x, polynomial, x, beta=a)
-    x = x if wide is flat else x.mT
-    return (x * (largest * (norm / math.sqrt(min(flat.shape))))).reshape(matrix.shape)
-
-
-def whitened_exactly(matrix: Tensor) -> Tensor:
-    """The readable reference of :func:`whitened`."""
-    flat = matrix.flatten(1)
-    u, _, v = torch.linalg.svd(flat, full_matrices=False)
-    return (u @ v * (flat.norm() / math.sqrt(min(flat.shape)))).reshape(matrix.shape)

@@ -76,6 +76,8 @@ class Announcement:
         )
         if self.estimate.overhead <= TOO_MUCH:
             logger.info(f"NiNo: {self.estimate}.")
+        elif nowcasting.overhead.bounded:
+            logger.info(f"NiNo: {self.estimate}; they will be fewer, to stay within `max_overhead`.")
         else:
             logger.warning(
                 f"NiNo: {self.estimate}. That is more than {TOO_MUCH:.0%}: a longer period, or a nowcaster without "

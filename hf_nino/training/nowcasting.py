@@ -27,6 +27,7 @@ from .history import History
 from .horizon import Horizon, Trust
 from .losses import LossMeter
 from .outlook import Outlook
+from .overhead import Overhead
 from .period import resolve_schedule, resolve_stop
 from .probation import Probation, default_patience
 from .probe import Batches, Probe
@@ -110,6 +111,8 @@ class Nowcasting(Attempting):
         statistics_batches: batches (mappings of the model's arguments), or a function that returns some, from which
             the statistics of batch normalization are computed anew after each nowcast.
         observe_only: predict and measure, but write nothing.
+        max_overhead: share of training time that nowcasts may take in models of at least 10 million parameters: where
+            they are dearer, they are fewer (:mod:`hf_nino.training.overhead`); ``None``: whatever they take.
 
     Attributes:
         step_count: optimizer steps done.
@@ -157,6 +160,7 @@ class Nowcasting(Attempting):
         probe_batches: Batches | None = None,
         statistics_batches: Sequence[Mapping[str, Any]] | Callable[[], Sequence[Mapping[str, Any]]] | None = None,
         observe_only: bool = False,
+        max_overhead: float | None = 0.01,
     ) -> None:
         if on_invalid not in ON_INVALID:
             raise ValueError(f"`on_invalid` must be one of {ON_INVALID}, got {on_invalid!r}")
@@ -207,6 +211,7 @@ class Nowcasting(Attempting):
         self._said: set[str] = set()
         self._signature = self.store.signature()
         self.own_parameters = self.store.elements(own=self.nowcaster.works_on_shards)
+        self.overhead = Overhead(max_overhead, self.store.elements(own=False))
         self._example_inputs = example_inputs
         self._own_graph = graph is None
         self.graph = graph
@@ -271,6 +276,7 @@ class Nowcasting(Attempting):
         self.losses.step(step)
         if self.enabled and not self.stopped:
             self.announcement.tick(self)
+            self.overhead.tick(self.seconds)
         if not self.enabled or self.stopped or step < self._first_step:
             return None
         if self.probation.ends(step):
@@ -292,9 +298,14 @@ class Nowcasting(Attempting):
             return None
         self._check_optimizer(optimizer)
         self._check_signature()
-        if not self._snapshot(position=self.history.context - 1 - ahead, optimizer=optimizer) or not due:
+        position = self.history.context - 1 - ahead
+        if position == 0 and self._has_to_wait():
+            self._forget()
+            return None
+        if not self._snapshot(position, optimizer) or not due:
             return None
         event = self._nowcast(optimizer, scheduler_stepped)
+        self.overhead.nowcast_made(self.seconds)
         self._forget()
         self.events.append(event)
         return event
@@ -394,7 +405,19 @@ class Nowcasting(Attempting):
         if optimizer is not None:
             check_optimizer(self._unwrap(optimizer))
 
-    def _say_once(self, message: str) -> None:
-        if message not in self._said:
-            self._said.add(message)
+    def _has_to_wait(self) -> bool:
+        """Whether nowcasts have cost too much for another one now."""
+        if not self.overhead.bounded:
+            return False
+        reason = self.store.agree(self.overhead.too_dear(self.step_count, self.seconds))
+        if reason:
+            self._say_once(f"Fewer nowcasts: {reason}.", about="overhead")
+        return bool(reason)
+
+    def _say_once(self, message: str, about: str | None = None) -> None:
+        """Args:
+        about: what else makes it the same message, where numbers in it differ.
+        """
+        if (about or message) not in self._said:
+            self._said.add(about or message)
             logger.warning(message)

@@ -17,6 +17,7 @@ from .history import History
 from .horizon import Trust
 from .losses import LossMeter
 from .outlook import Outlook
+from .overhead import Overhead
 from .probation import Probation
 from .ranks import OneVoice
 from .redivide import Redivision
@@ -36,6 +37,7 @@ class Resumable:
     store: ParameterStore
     history: History
     outlook: Outlook
+    overhead: Overhead
     losses: LossMeter
     probation: Probation
     trust: Trust
@@ -98,6 +100,7 @@ class Resumable:
             "losses": self.losses.state(),
             "undo": self.undo.numbers(),
             "settled": self._settled,
+            "overhead": self.overhead.state(),
             "signature": signature_hash(self.store.signature()),
             "fingerprint": self.store.fingerprint(),
         }
@@ -135,6 +138,8 @@ class Resumable:
         self.step_count, self.skipped_steps = int(state["step"]), int(state["skipped_steps"])
         self.nowcasts, self.rejected = int(state["nowcasts"]), int(state["rejected"])
         self.seconds = float(state["seconds"])
+        if "overhead" in state:
+            self.overhead.load(state["overhead"])
         self.outlook.warmup_end = state["warmup_end"]
         self.taken_back, self.stopped = int(state.get("taken_back", 0)), bool(state.get("stopped", False))
         self._loaded = {"fingerprint": None}
@@ -355,6 +360,7 @@ class Resumable:
         self.nowcasts = self.rejected = self.skipped_steps = self.taken_back = 0
         self.stopped = False
         self.seconds = 0.0
+        self.overhead.forget()
         self.outlook.warmup_end = None
         self.step_count = self.step_count if global_step is None else global_step
         return False

@@ -22,6 +22,7 @@ from .callback import NiNoCallback
 from .card import update_card
 from .horizon import Horizon
 from .nowcasting import ON_INVALID, Nowcasting, resolve_nowcaster
+from .overhead import check_overhead
 from .storage import as_dtype, check_place
 
 NO_NOWCASTER = "none"
@@ -94,6 +95,15 @@ class NiNoArguments:
     nowcast_observe_only: bool = field(
         default=False, metadata={"help": "Predict and measure, but write nothing into the model."}
     )
+    nowcast_max_overhead: float | None = field(
+        default=0.01,
+        metadata={
+            "help": (
+                "Share of training time that nowcasts may take in models of at least 10 million parameters: where "
+                "they are dearer, they are fewer. A large number, such as 100: no limit."
+            )
+        },
+    )
     nowcast_history_device: str = field(
         default="cpu",
         metadata={
@@ -124,6 +134,7 @@ class NiNoArguments:
         if self.nowcast_undo_device is not None:
             check_place(self.nowcast_undo_device)
         as_dtype(self.nowcast_history_dtype)
+        check_overhead(self.nowcast_max_overhead, "nowcast_max_overhead")
         if self.nowcast_precision is not None:
             check_precision(self.nowcast_precision)
         if self.nowcast_on_invalid not in ON_INVALID:
@@ -200,6 +211,7 @@ class NiNoTrainerMixin:
             max_failures=settings["nowcast_max_failures"],
             undo_device=settings["nowcast_undo_device"],
             observe_only=settings["nowcast_observe_only"],
+            max_overhead=settings["nowcast_max_overhead"],
             measure=self._nowcast_loss if measures or probes else None,
             statistics_batches=lambda: list(self._recent_inputs),
             example_inputs=self._nowcast_inputs,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import time
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -180,6 +181,7 @@ class Watching(Resumable):
 
     def _settle(self) -> None:
         """Tell a nowcaster with a memory what the base optimizer carries on from."""
+        started = time.perf_counter()
         with self.store.together():
             shards, state = self.store.shards(), self.store.live()
             if shards is None:
@@ -189,6 +191,7 @@ class Watching(Resumable):
             else:
                 self.nowcaster.settle(self.store.gather(state))
         self._settled = True
+        self.seconds += time.perf_counter() - started
 
     def _measure(self) -> float | None:
         """The measured loss, averaged over the ranks; ``None`` if there is nothing to measure, or it failed on one."""
