@@ -138,6 +138,28 @@ def meta_train(
     )
 
 
+def remake(
+    name: Annotated[str, typer.Argument(help="Of a bundled nowcaster.")],
+    out: Annotated[Path | None, typer.Option(help="Folder for all of it. [default: runs/NAME]")] = None,
+    trajectories: Annotated[
+        Path | None, typer.Option(help="Folder that another remake left, to learn from the same. [default: in --out]")
+    ] = None,
+    jobs: Annotated[
+        int | None, typer.Option(help="Processes that record. [default: one per core; 1 on a GPU]")
+    ] = None,
+    device: TrainingDeviceOption = None,
+) -> None:
+    """Make a bundled nowcaster again, as its recipe says: record trajectories, and meta-train on them.
+
+    The same command again goes on where it was interrupted.
+
+    Example: hf-nino remake nino-small --out runs/nino-small
+    """
+    from ..commands.remake import remake_bundled
+
+    remake_bundled(name, out, typer.echo, trajectories=trajectories, jobs=jobs, device=device)
+
+
 def push(
     nowcaster: Annotated[
         str, typer.Argument(help="A folder, or another name of a nowcaster with weights.", metavar="FOLDER_OR_NAME")

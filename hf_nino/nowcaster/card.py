@@ -22,13 +22,22 @@ _KINDS = {
 }
 
 
-def nowcaster_card(config: NowcasterConfig, repo_id: str | None = None, parameters: int | None = None) -> str:
+def nowcaster_card(
+    config: NowcasterConfig,
+    repo_id: str | None = None,
+    parameters: int | None = None,
+    *,
+    bundled: bool = False,
+    more: str = "",
+) -> str:
     """The card's Markdown, without the metadata before it.
 
     Args:
         config: of the nowcaster.
         repo_id: the repository that the card is for; ``None`` leaves a placeholder in the examples.
         parameters: number of its weights, if known.
+        bundled: whether it comes with the package, and ``repo_id`` is its name there.
+        more: further sections.
     """
     name = repo_id or "USER/NAME"
     rows = [
@@ -46,6 +55,9 @@ def nowcaster_card(config: NowcasterConfig, repo_id: str | None = None, paramete
         rows.append(("is told", " and ".join(told)))
     if config.token_position_vocabulary is not None:
         rows.append(("largest vocabulary", f"{config.token_position_vocabulary:,} tokens"))
+    pinned = f'Pin the commit for runs that are to be repeated: `nowcaster="{name}@COMMIT"`.'
+    more = f"{more.strip()}\n\n" if more else ""
+    origin = "It comes with the package." if bundled else pinned
     table = "\n".join(["| | |", "|---|---|", *(f"| {label} | {text} |" for label, text in rows)])
     return f"""# {name.split("/")[-1]}
 
@@ -65,12 +77,12 @@ trainer = NiNoTrainer(model=model, args=args, train_dataset=data)
 trainer.train()
 ```
 
-Pin the commit for runs that are to be repeated: `nowcaster="{name}@COMMIT"`. `NiNoCallback` goes into any other
+{origin} `NiNoCallback` goes into any other
 `Trainer`, `NiNo` around the optimizer of a loop of your own.
 
 The weights are safetensors; hf_nino reads no pickle.
 
-## Citation
+{more}## Citation
 
 ```bibtex
 {CITATION}

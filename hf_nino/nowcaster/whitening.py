@@ -47,10 +47,10 @@ def whitened(matrix: Tensor) -> Tensor:
     flat = matrix.flatten(1)
     wide = flat if flat.shape[0] <= flat.shape[1] else flat.mT
     tiny = torch.finfo(flat.dtype).tiny
-    largest = wide.abs().amax().clamp_min(tiny)
+    largest = torch.linalg.vector_norm(wide, torch.inf).clamp_min(tiny)
     x = wide / largest
     norm = x.norm().clamp_min(tiny)
-    x = x / norm
+    x.div_(norm)
     x = polar_by_gram(x) if x.shape[1] >= _LONG * x.shape[0] else polar_by_steps(x)
     x = x if wide is flat else x.mT
     return (x * (largest * (norm / math.sqrt(min(flat.shape))))).reshape(matrix.shape)

@@ -24,6 +24,8 @@ LIMIT_OF_SIZE = 10.0
 ABSURD = 10.0
 # If more than this share of the tensors that move would be left alone, all of them are.
 MOST_LEFT_ALONE = 0.5
+# Elements that are measured at a time.
+PIECE = 2**22
 
 
 class InvalidNowcast(RuntimeError):
@@ -208,23 +210,40 @@ def _measures(
     states: Sequence[Mapping[str, Tensor]], prediction: Mapping[str, Tensor], shards: Shards | None
 ) -> dict[str, _Measures]:
     """With one transfer to the host, and one sum over the ranks, rather than one for each tensor."""
-    first, last = states[0], states[-1]
-    rows = []
-    for name, tensor in last.items():
-        end, predicted = tensor.float().flatten(), prediction[name].float().flatten()
-        jump, move = predicted - end, end - first[name].float().flatten()
-        lengths = [jump, end] + [b[name].float().flatten() - a[name].float().flatten() for a, b in pairwise(states)]
-        bad = (~torch.isfinite(predicted)).sum().float()
-        norms = [torch.linalg.vector_norm(part) for part in lengths]
-        rows.append(torch.stack([*norms, bad, torch.dot(jump, move), torch.dot(move, move)]))
+    rows = [_lengths_of([state[name] for state in states], prediction[name]) for name in states[-1]]
     table = torch.stack([row.to(rows[0].device) for row in rows]).cpu().double()
-    table[:, :-3].square_()
+    table[:, :-2].square_()
     if shards is not None:
         shards.ranks.sum_([table])
+    bad = torch.zeros(len(table))
+    if not table[:, 0].isfinite().all():  # on all ranks alike: these are sums over them
+        bad = torch.stack([(~prediction[name].isfinite()).sum().float().cpu() for name in states[-1]])
+        if shards is not None:
+            shards.ranks.sum_([bad])
     found = {}
-    for name, (jump, size, *moves, bad, dot, move) in zip(last, table.tolist(), strict=True):
-        found[name] = _Measures(_root(jump), _root(size), tuple(map(_root, moves)), round(bad), dot, move)
+    for name, (jump, size, *moves, dot, move), count in zip(states[-1], table.tolist(), bad.tolist(), strict=True):
+        found[name] = _Measures(_root(jump), _root(size), tuple(map(_root, moves)), round(count), dot, move)
     return found
+
+
+def _lengths_of(states: Sequence[Tensor], prediction: Tensor) -> Tensor:
+    """Norms of step, size and moves; then the product of step and whole move, and the square of the latter.
+
+    In pieces, so that no copy of a large parameter is made; float32, which is all that some devices have.
+    """
+    past, predicted = [state.flatten() for state in states], prediction.flatten()
+    norms = torch.zeros(1 + len(states), device=predicted.device)
+    products = torch.zeros(2, device=predicted.device)
+    for start in range(0, predicted.numel(), PIECE):
+        parts = [state[start : start + PIECE].float() for state in past]
+        last = parts[-1]
+        jump = predicted[start : start + PIECE].float() - last
+        moves = [after - before for before, after in pairwise(parts)]
+        norms = torch.hypot(norms, torch.stack([torch.linalg.vector_norm(part) for part in (jump, last, *moves)]))
+        if moves:
+            whole = last - parts[0]
+            products += torch.stack([torch.dot(jump, whole), torch.dot(whole, whole)])
+    return torch.cat([norms, products])
 
 
 def _root(square: float) -> float:

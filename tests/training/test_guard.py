@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from hf_nino.training import judge, tame
+from hf_nino.training import guard, judge, tame
 
 
 def states(count=3, move=0.1, size=1.0):
@@ -154,3 +154,19 @@ def test_a_parameter_that_only_rounds_vetoes_nothing(move, still):
     verdict = judge(history, prediction, 2)
     assert verdict.accepted
     assert ("b" in verdict.unmoved) is still and ("b" in verdict.left_alone) is not still
+
+
+@pytest.mark.parametrize("count", [1, 4])
+def test_large_parameters_are_measured_in_pieces(count, monkeypatch):
+    """The verdict on pieces of 7 elements is that on the whole; where numbers are not finite, they are counted in
+    all pieces."""
+    history = states(count)
+    prediction = {name: 1.5 * tensor for name, tensor in history[-1].items()}
+    whole = judge(history, prediction, 20)
+    spoilt = {name: tensor.clone() for name, tensor in prediction.items()}
+    spoilt["a"][[0, 2, 5], 0] = torch.tensor([math.nan, math.inf, -math.inf])
+    monkeypatch.setattr(guard, "PIECE", 7)
+    pieces = judge(history, prediction, 20)
+    for found, expected in zip(vars(pieces).values(), vars(whole).values(), strict=True):
+        assert found == (pytest.approx(expected, rel=1e-5, nan_ok=True) if isinstance(expected, float) else expected)
+    assert judge(history, spoilt, 20).reason == "3 of 30 predicted values of 'a' are not finite"

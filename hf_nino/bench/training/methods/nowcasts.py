@@ -187,13 +187,9 @@ class LearnedNowcasts(NowcastMethod):
         path = Path(spec).expanduser()
         super().__init__(base, f"nino:{spec}", f"nowcasts of {path.stem if path.suffix == '.pt' else path.name}")
         self.spec = spec
-        often: tuple[Settings, ...] = (
-            {"period": 250},
-            {"period": 250, "horizon": 5},
-            {"period": 250, "horizon": 10},
-        )
+        nearer: tuple[Settings, ...] = ({}, {"horizon": 5}, {"horizon": 10})
         # The original release was meta-trained for a period of 1000, and saves more with one of 250.
-        self.grid = often if path.suffix == ".pt" else ({}, *often)
+        self.grid = tuple({"period": 250, **one} for one in nearer) if path.suffix == ".pt" else nearer
 
     def missing(self) -> str | None:
         path = Path(self.spec).expanduser()
