@@ -10,8 +10,8 @@ from torch import nn
 
 from ..defaults import NOWCASTER
 from ..graph.source import configuration, model_class
+from ..nowcaster.auto import resolve_nowcaster
 from ..training.estimate import TOO_MUCH, Estimate, calibrate, estimate, matrix_rate, readable, step_seconds
-from ..training.nowcasting import resolve_nowcaster
 from ..training.period import resolve_schedule
 from ..training.storage import as_dtype, check_place
 

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +13,7 @@ from .base import Nowcaster
 from .hub import NowcasterFolder, bundled_nowcasters
 from .modeling import NiNoModel, WNNModel
 from .original import convert_original
+from .precision import check_precision
 from .rules import LinearNowcaster, MomentumNowcaster
 from .spectral import SpectralNowcaster
 
@@ -78,6 +81,25 @@ def load_nowcaster(spec: str | Path | Mapping[str, Any] | Nowcaster, **kwargs: A
     folder = NowcasterFolder(name, **kwargs)
     config = folder.config()
     return MODELS[config.nowcaster_type].from_folder(folder, config, map_location)
+
+
+def resolve_nowcaster(nowcaster: str | os.PathLike | Nowcaster, precision: str | None = None) -> Nowcaster:
+    """A :class:`Nowcaster` from an object, a bundled name, a path or a repo id.
+
+    Args:
+        precision: of the engine, for those that have one (:mod:`hf_nino.nowcaster.precision`); ``None`` leaves it.
+
+    Raises:
+        ValueError: an unknown precision.
+    """
+    if precision is not None:
+        check_precision(precision)
+    if not isinstance(nowcaster, Nowcaster):
+        nowcaster = load_nowcaster(nowcaster)
+    engine = getattr(nowcaster, "engine", None)
+    if precision is not None and engine is not None:
+        nowcaster.engine = replace(engine, precision=precision)
+    return nowcaster
 
 
 def _rule(name: str, values: Mapping[str, Any]) -> Nowcaster:

@@ -13,10 +13,11 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from transformers.utils import logging
 
 from ..defaults import NOWCASTER
+from ..nowcaster.auto import resolve_nowcaster
 from ..nowcaster.base import Nowcaster
 from ..report import RunRecord
 from .event import NowcastEvent
-from .nowcasting import Nowcasting, resolve_nowcaster
+from .nowcasting import Nowcasting
 from .ranks import OneVoice
 
 logger = OneVoice(logging.get_logger(__name__))

@@ -9,15 +9,14 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from transformers.utils import logging
 
+from ..nowcaster.auto import resolve_nowcaster
 from ..nowcaster.base import Nowcaster
-from ..nowcaster.precision import check_precision
 from .announcement import Announcement
 from .attempt import Attempting
 from .compatibility import check_optimizer
@@ -31,34 +30,13 @@ from .overhead import Overhead
 from .period import resolve_schedule, resolve_stop
 from .probation import Probation, default_patience
 from .probe import Batches, Probe
-from .ranks import OneVoice
+from .ranks import OneVoice, lone_rank
 from .stores import make_store
 from .undo import Undo
 
 logger = OneVoice(logging.get_logger(__name__))
 
 ON_INVALID = ("skip", "raise")
-
-
-def resolve_nowcaster(nowcaster: str | os.PathLike | Nowcaster, precision: str | None = None) -> Nowcaster:
-    """A :class:`Nowcaster` from an object, a bundled name, a path or a repo id.
-
-    Args:
-        precision: of the engine, for those that have one (:mod:`hf_nino.nowcaster.precision`); ``None`` leaves it.
-
-    Raises:
-        ValueError: an unknown precision.
-    """
-    if precision is not None:
-        check_precision(precision)
-    if not isinstance(nowcaster, Nowcaster):
-        from ..nowcaster.auto import load_nowcaster
-
-        nowcaster = load_nowcaster(nowcaster)
-    engine = getattr(nowcaster, "engine", None)
-    if precision is not None and engine is not None:
-        nowcaster.engine = replace(engine, precision=precision)
-    return nowcaster
 
 
 class Nowcasting(Attempting):
@@ -242,6 +220,8 @@ class Nowcasting(Attempting):
             taken in the middle of the step (checkpoints on SIGTERM); usually ``None``.
         """
         self._begun = True
+        if lone := lone_rank():
+            self._say_once(lone)
         # Anew: `accelerator.prepare` may have sharded the model since.
         self.own_parameters = self.store.elements(own=self.nowcaster.works_on_shards)
         self._check_optimizer(optimizer)
@@ -415,9 +395,7 @@ class Nowcasting(Attempting):
         return bool(reason)
 
     def _say_once(self, message: str, about: str | None = None) -> None:
-        """Args:
-        about: what else makes it the same message, where numbers in it differ.
-        """
+        """``about``: what makes it the same message, where numbers in it differ."""
         if (about or message) not in self._said:
             self._said.add(about or message)
             logger.warning(message)

@@ -244,6 +244,22 @@ def is_first_rank() -> bool:
     return dist.get_rank() == 0 if running() else int(os.environ.get("RANK", "0")) == 0
 
 
+def lone_rank() -> str:
+    """What is wrong where a launcher has started several processes and this one trains alone; empty: nothing.
+
+    ``torchrun`` and ``accelerate launch`` set ``WORLD_SIZE``; whoever trains has to begin the process group.  The
+    Trainer does not on a machine without a GPU, unless it is told ``use_cpu``.
+    """
+    size = os.environ.get("WORLD_SIZE", "")
+    if running() or not size.isdigit() or int(size) < 2:
+        return ""
+    return (
+        f"{size} processes were started (WORLD_SIZE), but this one is in no process group: each of them trains a "
+        "model of its own. On a machine without a GPU, pass `use_cpu=True` to TrainingArguments (`--use_cpu`), or call "
+        "torch.distributed.init_process_group"
+    )
+
+
 class OneVoice(logging.LoggerAdapter):
     """A logger that is silent on all ranks but the first: what is said once is said by one."""
 

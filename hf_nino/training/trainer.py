@@ -16,12 +16,13 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from transformers import Trainer, TrainingArguments
 
 from ..defaults import NOWCASTER
+from ..nowcaster.auto import resolve_nowcaster
 from ..nowcaster.base import Nowcaster
 from ..nowcaster.precision import check_precision
 from .callback import NiNoCallback
 from .card import update_card
 from .horizon import Horizon
-from .nowcasting import ON_INVALID, Nowcasting, resolve_nowcaster
+from .nowcasting import ON_INVALID, Nowcasting
 from .overhead import check_overhead
 from .storage import as_dtype, check_place
 

@@ -428,3 +428,12 @@ def test_a_network_computes_where_the_model_is():
         nowcasting.step()
     assert nowcasting.nowcasts >= 1 and set(nowcasting.nowcaster.sent) == {torch.device("cpu")}
     assert len(nowcasting.nowcaster.sent) == nowcasting.nowcasts
+
+
+@pytest.mark.parametrize(("size", "said"), [("2", 1), ("1", 0), ("", 0), ("many", 0)])
+def test_processes_that_train_apart_are_told_so_once(size, said, monkeypatch, caplog):
+    """torchrun started two of them and nobody began a process group: one warning says what to do; not where one
+    process was started."""
+    monkeypatch.setenv("WORLD_SIZE", size)
+    RawLoop(Line()).run(MAX_STEPS)
+    assert sum("each of them trains a model of its own" in record.message for record in caplog.records) == said
