@@ -95,7 +95,12 @@ class Attempting(Watching):
         kept = watch and self._keep(optimizer, memory)
         if kept:
             self.probation.describe(horizon, verdict.alignment, before)
-        self.store.write(writes)
+        failed = self._write(writes)
+        if failed is not None:
+            names = list(writes)
+            del writes, live
+            self._put_back(names, optimizer, kept)
+            return self._refuse(f"it could not be written: {self._why(failed)}", failed, common, started)
         self._renew_statistics()
         seconds += time.perf_counter() - writing
         if self.on_state is not None and live is not None:
@@ -112,6 +117,22 @@ class Attempting(Watching):
         self.nowcasts += 1
         self.seconds += seconds
         return NowcastEvent(**common, **norms, seconds=seconds, accepted=True, loss_before=before, loss_after=after)
+
+    # -- reading ----------------------------------------------------------------------------------------------------
+
+    def _read_live(self) -> Mapping[str, Tensor] | None:
+        """This rank's rows of the parameters as they are; ``None`` if a rank cannot read its own."""
+        try:
+            return self.store.live()
+        except LostRanks:
+            raise
+        except Exception as caught:
+            clear_frames(caught.__traceback__)
+            why = self._why(caught)
+            if self.on_invalid == "raise":
+                raise InvalidNowcast(f"snapshot at step {self.step_count}: {why}") from caught
+            self._say_once(f"A snapshot cannot be taken: {why}. Training goes on; this is said once.")
+            return None
 
     # -- predicting -------------------------------------------------------------------------------------------------
 
@@ -140,11 +161,9 @@ class Attempting(Watching):
                     writes = tame(states[-1], prediction, verdict, share)
         except LostRanks:
             raise
-        except FailedElsewhere as caught:
-            return {}, Verdict(False, self.store.agree("")), caught
         except Exception as caught:
             clear_frames(caught.__traceback__)  # gives back what it ran out of, if that was memory
-            return {}, Verdict(False, self.store.agree(self._failure(caught))), caught
+            return {}, Verdict(False, self._why(caught)), caught
         return writes, verdict, None
 
     def _foresee(
@@ -169,6 +188,10 @@ class Attempting(Watching):
         )
         return [self.store.gather(state) for state in states]
 
+    def _why(self, error: Exception) -> str:
+        """What went wrong, on the rank where it did; for errors that all ranks have come to know of."""
+        return self.store.agree("" if isinstance(error, FailedElsewhere) else self._failure(error))
+
     def _failure(self, error: Exception | None) -> str:
         if error is None:
             return ""
@@ -192,6 +215,31 @@ class Attempting(Watching):
             f"it would take {seconds:.3g} s, more than half of the process group's time-out of {timeout:g} s (pass a "
             "larger `timeout` to init_process_group, `ddp_timeout` to the Trainer), or use a faster nowcaster"
         )
+
+    # -- writing ----------------------------------------------------------------------------------------------------
+
+    def _write(self, writes: Mapping[str, Tensor]) -> Exception | None:
+        """Write into the model; on all ranks the error, if it failed on one of them."""
+        try:
+            self.store.write(writes)
+        except LostRanks:
+            raise
+        except Exception as caught:
+            clear_frames(caught.__traceback__)  # gives back what it ran out of, if that was memory
+            return caught
+        return None
+
+    def _put_back(self, names: Sequence[str], optimizer: Any, kept: bool) -> None:
+        """Some parameters may have been written, and others not: all go back to what they were.
+
+        Args:
+            kept: whether their state before the nowcast was; else the last snapshot has it, in the history's dtype.
+        """
+        if kept:
+            self.probation.abandon()
+        if not kept or not self._restore(optimizer):
+            last = self.history.states()[-1]
+            self.store.write({name: last[name] for name in names})
 
     # -- the rest ---------------------------------------------------------------------------------------------------
 

@@ -332,7 +332,10 @@ class Nowcasting(Attempting):
             self._forget()
             return False
         started = time.perf_counter()
-        live = self.store.live()
+        live = self._read_live()
+        if live is None:
+            self._forget()
+            return False
         self.history.append(live, self.step_count)
         self.seconds += time.perf_counter() - started
         self.last_snapshot = self.step_count

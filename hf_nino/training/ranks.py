@@ -82,7 +82,7 @@ class ProcessGroupRanks(Ranks):
         self._votes = True
         try:
             yield
-            self._meet()
+            self.meet()
         except (FailedElsewhere, LostRanks):
             raise
         except Exception as error:
@@ -91,7 +91,7 @@ class ProcessGroupRanks(Ranks):
         finally:
             self._votes = False
 
-    def _meet(self) -> None:
+    def meet(self) -> None:
         """Inside :meth:`together`: wait until all ranks have come here; raise if one of them has failed."""
         if self._votes and not self._all_well(True):
             self._votes = False
@@ -149,7 +149,7 @@ class ProcessGroupRanks(Ranks):
         if not sum(tensor.numel() for tensor in tensors):
             return
         flat = self._reach(torch.cat([tensor.detach().reshape(-1) for tensor in tensors]))
-        self._meet()
+        self.meet()
         self._call(dist.all_reduce, flat)
         for tensor, part in zip(tensors, flat.split([tensor.numel() for tensor in tensors]), strict=True):
             tensor.copy_(part.view(tensor.shape))
@@ -159,7 +159,7 @@ class ProcessGroupRanks(Ranks):
         if self.size == 1:
             return list(numbers)
         found = torch.tensor(list(numbers), dtype=torch.int64, device=self.device)
-        self._meet()
+        self.meet()
         self._call(dist.all_reduce, found, op=dist.ReduceOp.MIN)
         return found.tolist()
 
@@ -174,7 +174,7 @@ class ProcessGroupRanks(Ranks):
         """The tensors of all ranks, of one shape, by global rank; on the host."""
         mine = mine.to(self.device).contiguous()
         found = [torch.empty_like(mine) for _ in range(self.size)]
-        self._meet()
+        self.meet()
         self._call(dist.all_gather, found, mine)
         return list(torch.stack(found).cpu())
 
@@ -193,7 +193,7 @@ class ProcessGroupRanks(Ranks):
         room = [tensor.numel() * tensor.element_size() for tensor in receives]
         out = self._reach(torch.cat([as_bytes(tensor) for tensor in sends]))
         found = torch.empty(sum(room), dtype=torch.uint8, device=out.device)
-        self._meet()
+        self.meet()
         self._call(dist.all_to_all_single, found, out, room, sizes)
         for tensor, part in zip(receives, found.split(room), strict=True):
             as_bytes(tensor).copy_(part)
@@ -255,7 +255,7 @@ def lone_rank() -> str:
         return ""
     return (
         f"{size} processes were started (WORLD_SIZE), but this one is in no process group: each of them trains a "
-        "model of its own. On a machine without a GPU, pass `use_cpu=True` to TrainingArguments (`--use_cpu`), or call "
+        "model of its own. Without a GPU, pass `use_cpu=True` to TrainingArguments (`--use_cpu`), or call "
         "torch.distributed.init_process_group"
     )
 

@@ -4,6 +4,7 @@ import copy
 import logging
 import time
 from contextlib import nullcontext
+from functools import partial
 from unittest.mock import patch
 
 import pytest
@@ -32,6 +33,7 @@ from hf_nino.nowcaster.base import Nowcaster
 from hf_nino.report import RunRecord
 from hf_nino.report.record import read_record
 from hf_nino.training import InvalidNowcast, NiNo
+from hf_nino.training.stores import dtensor
 
 pytestmark = pytest.mark.distributed
 
@@ -240,6 +242,60 @@ def test_a_rank_without_memory_skips_the_nowcast_with_the_others(tmp_path, kind)
         assert first[stage]["events"] == second[stage]["events"] == [(False, reason)] * 2 + [(True, "")]
         assert all(same(state, second[stage]["states"][step]) for step, state in first[stage]["states"].items())
         assert sum(reason in line for line in first[stage]["heard"]) == 1 and not second[stage]["heard"]
+
+
+def fails_once(function, at):
+    """The function; but its call number ``at`` runs out of memory."""
+    calls = 0
+
+    def failing(*args):
+        nonlocal calls
+        calls += 1
+        return out_of_memory() if calls == at else function(*args)
+
+    return failing
+
+
+def _fails_at_the_model(rank, kind):
+    """At its first nowcast rank 1 has no memory to read, or to write, one of its parameters."""
+    found, heard = {}, Heard()
+    # Where parameters lie still: the second one.  Where they travel: what is told before the others begin.
+    holder = dtensor.LocalRows if kind == "fsdp2" else dtensor.Turned if kind == "tp" else dtensor.Gathered
+    for what in ("read", "write"):
+        nowcasting = started(wrapped(kind, used_model(8)), "linear:context=3")
+        read_before = sum(one.travels for one in nowcasting.store._holders().values()) if what == "write" else 0
+        where, which = (what, 2) if kind == "fsdp2" else ("reserve", read_before + 1)
+        states, whole_step = drive(nowcasting, 1, PERIOD - 1), nowcasting.step
+        failing = fails_once(getattr(holder, where), which if rank == 1 else 0)
+        nowcasting.step = partial(within, holder, where, failing, whole_step)
+        states |= drive(nowcasting, PERIOD, PERIOD)
+        nowcasting.step = whole_step
+        states |= drive(nowcasting, PERIOD + 1, STEPS)
+        events = [(event.step, event.accepted, event.reason) for event in nowcasting.events]
+        found[what] = {"states": states, "events": events, "heard": list(heard.lines)}
+        heard.lines.clear()
+    late = started(wrapped(kind, used_model(8)), "linear:context=3", start_step=PERIOD)
+    return found | {"late": drive(late, 1, STEPS)}
+
+
+def within(holder, what, failing, step):
+    with patch.object(holder, what, failing):
+        return step()
+
+
+@pytest.mark.parametrize("kind", ["fsdp2", "tp", pytest.param("fsdp2-tp", marks=pytest.mark.slow)])
+def test_a_rank_that_cannot_read_or_write_its_parameters_skips_the_nowcast_with_the_others(tmp_path, kind):
+    """In the middle of it, where parameters lie still and where they travel: nobody waits, what was written is put
+    back, all train on as if that nowcast had not been, and the next one is written."""
+    results = launch(_fails_at_the_model, BACKENDS[kind], tmp_path, kind)
+    for found in results:
+        assert [(step, accepted) for step, accepted, _ in found["write"]["events"]] == [(PERIOD, False), (STEPS, True)]
+        assert "could not be written: rank 1: LinearNowcaster ran out of memory" in found["write"]["events"][0][2]
+        assert [(step, accepted) for step, accepted, _ in found["read"]["events"]] == [(STEPS, True)]
+        for what in ("read", "write"):
+            assert all(same(state, found["late"][step]) for step, state in found[what]["states"].items())
+    heard = [sum("memory" in line for line in found["read"]["heard"]) for found in results]
+    assert heard == [1] + [0] * (len(results) - 1)
 
 
 def _waits(rank):

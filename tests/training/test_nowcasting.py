@@ -437,3 +437,64 @@ def test_processes_that_train_apart_are_told_so_once(size, said, monkeypatch, ca
     monkeypatch.setenv("WORLD_SIZE", size)
     RawLoop(Line()).run(MAX_STEPS)
     assert sum("each of them trains a model of its own" in record.message for record in caplog.records) == said
+
+
+NO_MEMORY = torch.OutOfMemoryError("no memory. Tried 2 GiB")
+
+
+def half_written(write):
+    """``write``, but the first time it does half of it and fails."""
+    calls = []
+
+    def failing(state):
+        calls.append(1)
+        if len(calls) > 1:
+            return write(state)
+        write({name: state[name] for name in sorted(state)[: len(state) // 2]})
+        raise NO_MEMORY
+
+    return failing
+
+
+def unreadable(nowcasting, step):
+    """The parameters cannot be read at that step."""
+    live = nowcasting.store.live
+
+    def failing():
+        if nowcasting.step_count == step:
+            raise NO_MEMORY
+        return live()
+
+    nowcasting.store.live = failing
+
+
+@pytest.mark.parametrize("patience", [0, 2])
+def test_a_nowcast_that_is_half_written_is_put_back(patience, monkeypatch, caplog):
+    """There is no memory left after half of the parameters: they are what they were, whether or not the state before
+    was kept for probation, and training goes on as if this nowcast had not been."""
+    broken = RawLoop(Line(), patience=patience)
+    broken.run(PERIOD - 1)
+    store = broken.optimizer.nowcasting.store
+    monkeypatch.setattr(store, "write", half_written(store.write))
+    final = broken.run(MAX_STEPS)
+    events = broken.optimizer.nowcasting.events
+    assert events[0].reason == "it could not be written: Line ran out of memory (OutOfMemoryError: no memory)"
+    assert [event.accepted for event in events] == [False, True]
+    assert sum("could not be written" in record.message for record in caplog.records) == 1
+    later = RawLoop(Line(), patience=patience, start_step=PERIOD)
+    assert same(final, later.run(MAX_STEPS))
+    assert not same(final, RawLoop(Line(), patience=patience).run(MAX_STEPS))
+
+
+def test_a_snapshot_that_cannot_be_taken_costs_one_nowcast(caplog):
+    """Reading the parameters fails once: that nowcast is left out, one line says why, and training goes on;
+    with `on_invalid="raise"` it is an error."""
+    broken, strict = RawLoop(Line()), RawLoop(Line(), on_invalid="raise")
+    for loop in (broken, strict):
+        unreadable(loop.optimizer.nowcasting, PERIOD - 2)
+    final = broken.run(MAX_STEPS)
+    assert [event.step for event in broken.optimizer.nowcasting.events] == [2 * PERIOD]
+    assert sum("A snapshot cannot be taken" in record.message for record in caplog.records) == 1
+    assert same(final, RawLoop(Line(), start_step=PERIOD).run(MAX_STEPS))
+    with pytest.raises(InvalidNowcast, match=r"snapshot at step .* ran out of memory"):
+        strict.run(MAX_STEPS)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -62,8 +61,7 @@ class DividedStore(ParameterStore):
     @torch.no_grad()
     def live(self) -> dict[str, Tensor]:
         holders = self._holders()
-        travels = not all(layout.holds_own for layout in self._layouts.values())
-        with self.ranks.together() if travels else nullcontext():
+        with self.ranks.together():
             return self._read(holders)
 
     def _read(self, holders: Mapping[str, Holder]) -> dict[str, Tensor]:
@@ -73,6 +71,7 @@ class DividedStore(ParameterStore):
             sources, targets, moves = {}, {}, {}
             for name, holder in bucket.items():
                 layout = self._layouts[name]
+                self._meet_at(holder)
                 held, (start, stop) = holder.read(), layout.own[rank]
                 if layout.holds_own:
                     own = held[start - holder.span[0] : stop - holder.span[0]] if stop > start else held[:0]
@@ -114,6 +113,7 @@ class DividedStore(ParameterStore):
         for name, holder in holders.items():
             start, tensor = targets[name]
             first, last = holder.span
+            self._meet_at(holder)
             holder.write(tensor[first - start : last - start] if last > first else tensor[:0])
 
     @torch.no_grad()
@@ -213,6 +213,12 @@ class DividedStore(ParameterStore):
                 bucket, size = {}, 0
         if bucket:
             yield bucket
+
+    def _meet_at(self, holder: Holder) -> None:
+        """Before a holder is read or written: if all ranks have to do it together, none begins unless all can."""
+        if holder.travels:
+            holder.reserve()
+            self.ranks.meet()
 
     def _travel(self, moves: Mapping[str, Sequence[Move]], sources: Pieces, targets: Pieces) -> None:
         """Carry out the moves; the same names on all ranks."""

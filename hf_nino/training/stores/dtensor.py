@@ -65,6 +65,8 @@ class LocalRows(Holder):
 class Turned(Holder):
     """A DTensor that is cut along other axes than the first (tensor parallel): it is exchanged for rows, and back."""
 
+    travels = True
+
     def __init__(self, parameter: DTensor) -> None:
         self._parameter = parameter
         self._rows = (Shard(0),) * parameter.device_mesh.ndim if parameter.ndim else parameter.placements
@@ -89,6 +91,8 @@ class Turned(Holder):
 
 class Gathered(Holder):
     """A DTensor that is cut in ways of its own (FSDP over tensor parallel): one parameter at a time is made whole."""
+
+    travels = True
 
     def __init__(self, parameter: DTensor) -> None:
         self._parameter = parameter

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
+from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -19,6 +21,7 @@ class Holder(ABC):
         device: where it is.
         span: the elements of the flattened parameter that are here.
         copy: where a second copy is, to be written as well, if there is one.
+        travels: whether reading and writing are collective operations: all ranks begin them together.
     """
 
     shape: tuple[int, ...]
@@ -26,6 +29,16 @@ class Holder(ABC):
     device: torch.device
     span: Span
     copy: Holder | None = None
+    travels: ClassVar[bool] = False
+
+    def reserve(self) -> None:
+        """Take the memory that reading and writing need on the way, and give it back, where they are collective.
+
+        What has to be allocated inside of such an operation comes after the others have begun it: a rank that runs out
+        of memory there would leave them waiting.  After this, allocators that keep what they are given have it.
+        """
+        if self.travels:
+            torch.empty(2 * math.prod(self.shape), dtype=self.dtype, device=self.device)
 
     @abstractmethod
     def read(self) -> Tensor:
