@@ -77,7 +77,9 @@ def _reason(error: BaseException) -> str:
         return "HF_HUB_OFFLINE is set: unset it"
     if isinstance(error, _HTTPError | ConnectionError | TimeoutError):
         return f"{constants.ENDPOINT} cannot be reached, or the connection broke: try again ({_line(error)})"
-    return _line(error)
+    # The client says which file it could not upload, and the reason is behind that.
+    behind = "" if error.__cause__ is None else f" ({_reason(error.__cause__)})"
+    return _line(error) + behind
 
 
 def _line(error: BaseException) -> str:

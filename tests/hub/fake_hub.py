@@ -43,6 +43,11 @@ class FakeHub:
         cut: {file name: bytes after which the connection breaks}, at every download.
         sizes: {file name: what the Hub says is its size}.
         broken: the status with which everything is answered.
+        large: endings of the names of files that go to the store for large files, as weights do on the Hub
+            (`Git LFS <https://github.com/git-lfs/git-lfs/blob/main/docs/api/batch.md>`_), and are fetched from there.
+        store: what is there, by SHA-256.
+        full: whether the store takes nothing more.
+        store_tokens: what the store was told about who asks.
     """
 
     def __init__(self) -> None:
@@ -51,11 +56,17 @@ class FakeHub:
         self.cut: dict[str, int] = {}
         self.sizes: dict[str, int] = {}
         self.broken: int | None = None
+        self.large: tuple[str, ...] = ()
+        self.store: dict[str, bytes] = {}
+        self.full = False
+        self.store_tokens: set[str] = set()
         self.connections: set[socket.socket] = set()
         handler = type("Handler", (_Handler,), {"hub": self})
         self.server = ThreadingHTTPServer(("127.0.0.1", 0), handler)
         self.server.daemon_threads = True
         self.url = f"http://127.0.0.1:{self.server.server_port}"
+        # Another host, as far as clients know.
+        self.store_url = f"http://localhost:{self.server.server_port}/store"
         self._thread = threading.Thread(target=self.server.serve_forever, args=(0.01,), daemon=True)
         self._thread.start()
 
@@ -94,16 +105,18 @@ class _Handler(BaseHTTPRequestHandler):
     def do_GET(self):
         self._handle()
 
-    do_HEAD = do_POST = do_GET
+    do_HEAD = do_POST = do_PUT = do_GET
 
     def _handle(self) -> None:
         path = urlsplit(self.path).path
         self.hub.requests.append((self.command, unquote(path)))
-        self.body = self.rfile.read(int(self.headers.get("Content-Length") or 0))
+        self.body = self._read()
         self.token = (self.headers.get("Authorization") or "").removeprefix("Bearer ")
         parts = [unquote(part) for part in path.strip("/").split("/")]
         if self.hub.broken:
             return self._json({"error": "out of order"}, self.hub.broken)
+        if parts[0] == "store":
+            return self._store(parts[-1])
         if self.token not in ("", WRITER, READER, STRANGER):
             return self._error(401, message="Invalid credentials in Authorization header")
         if parts[:3] == ["api", "repos", "create"]:
@@ -112,9 +125,21 @@ class _Handler(BaseHTTPRequestHandler):
             return self._json({"errors": [], "warnings": []})
         if parts[:2] == ["api", "models"]:
             return self._api("/".join(parts[2:4]), parts[4:])
+        if parts[1:2] and parts[2:] == ["info", "lfs", "objects", "batch"]:
+            return self._batch("/".join(parts[:2]).removesuffix(".git"))
         if parts[2:3] == ["resolve"]:
             return self._resolve("/".join(parts[:2]), parts[3], "/".join(parts[4:]))
         return self._error(404)
+
+    def _read(self) -> bytes:
+        if self.headers.get("Transfer-Encoding") != "chunked":
+            return self.rfile.read(int(self.headers.get("Content-Length") or 0))
+        chunks = []
+        while size := int(self.rfile.readline(), 16):
+            chunks.append(self.rfile.read(size))
+            self.rfile.readline()
+        self.rfile.readline()
+        return b"".join(chunks)
 
     # -- answers ----------------------------------------------------------------------------------------------------
 
@@ -190,11 +215,14 @@ class _Handler(BaseHTTPRequestHandler):
             paths = [file["path"] for file in json.loads(self.body)["files"]]
             tree = repository.commits[commit]
             oids = {path: _blob_oid(tree[path]) for path in paths if path in tree}
-            mode = {"uploadMode": "regular", "shouldIgnore": False}
-            return self._json({"files": [{"path": path, "oid": oids.get(path), **mode} for path in paths]})
+            modes = {path: "lfs" if path.endswith(self.hub.large) and self.hub.large else "regular" for path in paths}
+            mode = {"shouldIgnore": False}
+            answers = [{"path": p, "oid": oids.get(p), "uploadMode": modes[p], **mode} for p in paths]
+            return self._json({"files": answers})
         if kind == "commit":
             lines = [json.loads(line) for line in self.body.splitlines()]
             files = {x["value"]["path"]: base64.b64decode(x["value"]["content"]) for x in lines if x["key"] == "file"}
+            files |= {x["value"]["path"]: self.hub.store[x["value"]["oid"]] for x in lines if x["key"] == "lfsFile"}
             oid = repository.commit(files, name)
             url = f"{self.hub.url}/{repo_id}/commit/{oid}"
             return self._json({"success": True, "commitOid": oid, "commitUrl": url})
@@ -213,6 +241,39 @@ class _Handler(BaseHTTPRequestHandler):
         headers = {"X-Repo-Commit": commit, "ETag": f'"{hashlib.sha1(content).hexdigest()}"', "Accept-Ranges": "bytes"}
         if filename in self.hub.sizes:
             headers["X-Linked-Size"] = str(self.hub.sizes[filename])
+        if self.hub.large and filename.endswith(self.hub.large):
+            oid = hashlib.sha256(content).hexdigest()
+            self.hub.store[oid] = content
+            linked = {"X-Linked-Size": str(len(content)), "X-Linked-ETag": f'"{oid}"'}
+            return self._send(b"", 302, {**headers, **linked, "Location": f"{self.hub.store_url}/{filename}/{oid}"})
+        return self._content(content, filename, headers)
+
+    # -- large files ------------------------------------------------------------------------------------------------
+
+    def _batch(self, repo_id: str) -> None:
+        if self._repository(repo_id, write=True) is None:
+            return None
+        answers = []
+        for asked in json.loads(self.body)["objects"]:
+            answer = {"oid": asked["oid"], "size": asked["size"]}
+            if asked["oid"] not in self.hub.store:
+                answer["actions"] = {"upload": {"href": f"{self.hub.store_url}/{asked['oid']}", "header": {}}}
+            answers.append(answer)
+        return self._json({"transfer": "basic", "objects": answers})
+
+    def _store(self, oid: str) -> None:
+        self.hub.store_tokens.add(self.token)
+        if self.command != "PUT":
+            content = self.hub.store[oid]
+            return self._content(content, self.path.split("/")[-2], {"ETag": f'"{oid}"', "Accept-Ranges": "bytes"})
+        if self.hub.full:
+            return self._error(507, message="no room")
+        if hashlib.sha256(self.body).hexdigest() != oid:
+            return self._error(400, message="other content")
+        self.hub.store[oid] = self.body
+        return self._json({})
+
+    def _content(self, content: bytes, filename: str, headers: dict[str, str]) -> None:
         first = self.headers.get("Range", "bytes=0-").removeprefix("bytes=").split("-")[0]
         if int(first or 0):
             headers["Content-Range"] = f"bytes {first}-{len(content) - 1}/{len(content)}"
