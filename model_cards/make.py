@@ -13,7 +13,7 @@ import subprocess
 from pathlib import Path
 
 from hf_nino.bench.training.summary import Summary
-from hf_nino.metatrain.bundle import bundle, write_card
+from hf_nino.metatrain.bundle import EVALUATION, bundle, write_card
 from hf_nino.metatrain.remake import NOWCASTER, TRAJECTORIES, making_of
 from hf_nino.nowcaster.hub import bundled_nowcasters
 
@@ -35,7 +35,10 @@ def main() -> None:
         bundle(args.bundle / NOWCASTER, name, making_of(name), record_hours=hours, commit=commit)
     benchmark = None if args.benchmark is None else Summary.from_json(json.loads(args.benchmark.read_text()))
     for name in bundled_nowcasters():
-        print(write_card(name, benchmark, CARDS))
+        if benchmark is not None or (CARDS / name / EVALUATION).is_file():
+            print(write_card(name, benchmark, CARDS))
+        else:
+            print(f"{name} has no card: it takes a benchmark with nino:{name}")
 
 
 if __name__ == "__main__":

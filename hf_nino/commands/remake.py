@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from pathlib import Path
 
-from ..metatrain.remake import making_of, remake
+from ..metatrain.remake import making_of, remake_nowcaster
 
 
 def remake_bundled(
@@ -24,7 +24,7 @@ def remake_bundled(
 
     Raises:
         ValueError, OSError, ImportError, ChildProcessError, FloatingPointError: see
-            :func:`hf_nino.metatrain.remake.remake`.
+            :func:`hf_nino.metatrain.remake_nowcaster`.
     """
     out = out or Path("runs") / name
-    remake(making_of(name), out, trajectories=trajectories, jobs=jobs, device=device, say=say)
+    remake_nowcaster(making_of(name), out, trajectories=trajectories, jobs=jobs, device=device, say=say)

@@ -14,10 +14,12 @@ if TYPE_CHECKING:
     from .record import record_tasks
     from .recorder import TrajectoryRecorder
     from .recording import Recording
+    from .remake import Making, making_of, remake_nowcaster
     from .trajectory import Trajectory, find_trajectories
 
 # Imported when they are asked for: `datasets` takes seconds.
 _HOME = {
+    "Making": "remake",
     "MetaSettings": "meta_settings",
     "Recipe": "recipe",
     "Recording": "recording",
@@ -25,15 +27,18 @@ _HOME = {
     "TrajectoryRecorder": "recorder",
     "find_trajectories": "trajectory",
     "load_trajectories": "dataset",
+    "making_of": "remake",
     "meta_train": "meta_training",
     "open_trajectory": "dataset",
     "push_trajectories": "card",
     "record_tasks": "record",
+    "remake_nowcaster": "remake",
     "windows": "dataset",
     "write_dataset": "card",
 }
 
 __all__ = [
+    "Making",
     "MetaSettings",
     "Recipe",
     "Recording",
@@ -41,10 +46,12 @@ __all__ = [
     "TrajectoryRecorder",
     "find_trajectories",
     "load_trajectories",
+    "making_of",
     "meta_train",
     "open_trajectory",
     "push_trajectories",
     "record_tasks",
+    "remake_nowcaster",
     "windows",
     "write_dataset",
 ]

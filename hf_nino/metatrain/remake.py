@@ -11,7 +11,7 @@ from typing import Any
 from transformers.utils import logging
 
 from ..nowcaster.configuration import NowcasterConfig
-from ..nowcaster.hub import BUNDLED, bundled_nowcasters
+from ..nowcaster.hub import BUNDLED
 from .meta_settings import MetaSettings
 from .meta_training import meta_train
 from .recipe import Recipe
@@ -21,7 +21,7 @@ logger = logging.get_logger(__name__)
 
 RECIPE = "recipe.json"
 TRAJECTORIES, NOWCASTER = "trajectories", "nowcaster"
-"""Folders that :func:`remake` leaves."""
+"""Folders that :func:`remake_nowcaster` leaves."""
 
 
 @dataclass(frozen=True)
@@ -55,12 +55,13 @@ def making_of(name: str) -> Making:
     Raises:
         ValueError: there is none of that name.
     """
-    if name not in bundled_nowcasters():
-        raise ValueError(f"`name` must be one of the bundled nowcasters {bundled_nowcasters()}, got {name!r}")
-    return Making.read(BUNDLED / name / RECIPE)
+    recipes = {path.parent.name: path for path in sorted(BUNDLED.glob(f"*/{RECIPE}"))}
+    if name not in recipes:
+        raise ValueError(f"`name` must be one of the bundled nowcasters {list(recipes)}, got {name!r}")
+    return Making.read(recipes[name])
 
 
-def remake(
+def remake_nowcaster(
     making: Making,
     out: Path,
     *,

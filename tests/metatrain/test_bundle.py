@@ -13,7 +13,7 @@ from hf_nino.bench.training.summary import Comparison, MethodInfo, Summary, Task
 from hf_nino.cli import app
 from hf_nino.metatrain import remake as remake_module
 from hf_nino.metatrain.bundle import CARD, EVALUATION, bundle, card_text, restricted, write_card
-from hf_nino.metatrain.remake import NOWCASTER, RECIPE, TRAJECTORIES, Making, making_of, remake
+from hf_nino.metatrain.remake import NOWCASTER, RECIPE, TRAJECTORIES, Making, making_of, remake_nowcaster
 from hf_nino.nowcaster import load_nowcaster
 from hf_nino.nowcaster.hub import bundled_nowcasters
 
@@ -29,7 +29,7 @@ MAKING = Making(
 def made(tmp_path_factory):
     """A nowcaster made by its recipe."""
     out = tmp_path_factory.mktemp("made")
-    remake(MAKING, out, jobs=1, device="cpu")
+    remake_nowcaster(MAKING, out, jobs=1, device="cpu")
     return out
 
 
@@ -76,13 +76,15 @@ def touched(out):
 def test_the_recipe_makes_the_same_again(made, tmp_path):
     """Weights bit for bit, in another folder; with another seed they differ; and nothing is done twice."""
     again = tmp_path / "again"
-    remake(MAKING, again, jobs=1, device="cpu")
+    remake_nowcaster(MAKING, again, jobs=1, device="cpu")
     first, second = weights(made / NOWCASTER), weights(again / NOWCASTER)
     assert all(torch.equal(first[name], second[name]) for name in first)
     before = touched(again)
     said = []
     other = Making(MAKING.record, MAKING.config, {**MAKING.settings, "seed": 1})
-    remake(other, tmp_path / "other", trajectories=again / TRAJECTORIES, jobs=1, device="cpu", say=said.append)
+    remake_nowcaster(
+        other, tmp_path / "other", trajectories=again / TRAJECTORIES, jobs=1, device="cpu", say=said.append
+    )
     assert "2 are recorded already" in said[0]
     third = weights(tmp_path / "other" / NOWCASTER)
     assert not all(torch.equal(first[name], third[name]) for name in first)
