@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from typing import Any
 
 import torch
@@ -54,7 +55,8 @@ def estimate_model(
     chosen = resolve_nowcaster(nowcaster)
     period, interval = resolve_schedule(chosen, period, None, None)
     network = without_weights(model)
-    parameters = sum(p.numel() for p in network.parameters() if p.requires_grad and p.is_floating_point())
+    shapes = [tuple(p.shape) for p in network.parameters() if p.requires_grad and p.is_floating_point()]
+    parameters = sum(math.prod(shape) for shape in shapes)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     place = {"device": device, "history_device": history_device, "history_dtype": dtype}
     calibration = calibrate(chosen, parameters, **place, long_enough=TRIAL)
@@ -67,6 +69,7 @@ def estimate_model(
         calibration,
         chosen,
         parameters,
+        work=chosen.work(shapes),
         period=period,
         interval=interval,
         history_device=history_device,

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import ClassVar
 
 from torch import Tensor
@@ -74,6 +75,11 @@ class Nowcaster(ABC):
         Nowcasters without memory ignore it.  The tensors are the model's own; copy what is kept.  Collective with
         ``shards``, see :meth:`nowcast`.
         """
+
+    def work(self, shapes: Iterable[tuple[int, ...]]) -> float:
+        """What a nowcast of parameters of these shapes costs, in any unit, for estimates of its seconds: how many
+        elements they have, for whoever does the same with each."""
+        return float(sum(math.prod(shape) for shape in shapes))
 
     @property
     def reach(self) -> int:

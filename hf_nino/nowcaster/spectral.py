@@ -18,6 +18,8 @@ from .whitening import cosine, whitened, whiteness_of_noise, whitening_operation
 # Share of the whiteness of noise above which a matrix counts as white.  In runs of a small GPT-2 (width 64) momenta of
 # AdamW's moves had 0.3 to 0.92 of it, and those of Muon's 0.95 to 1.06.
 _WHITE = 0.95
+# Operations of matrix products that take as long as all else that is done with one element, about, on a CPU.
+_OPERATIONS = 500
 
 
 class SpectralNowcaster(DisplacementNowcaster):
@@ -99,6 +101,11 @@ class SpectralNowcaster(DisplacementNowcaster):
             raise ValueError(f"`target` of a {kind} must be a cosine, from -1 to 1, got {target}")
         if not self.min_gain <= self.gain <= self.max_gain:
             raise ValueError(f"`gain` of a {kind} must be from {self.min_gain} to `max_gain` = {max_gain}, got {gain}")
+
+    def work(self, shapes: Iterable[tuple[int, ...]]) -> float:
+        shapes = list(shapes)
+        products = sum(whitening_operations(shape) for shape in shapes if self.whitens(shape))
+        return super().work(shapes) + products / _OPERATIONS
 
     def begin(self, anchor: Tensor) -> dict[str, Tensor]:
         zeros = torch.zeros_like(anchor, memory_format=torch.contiguous_format)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 import time
 from typing import TYPE_CHECKING
 
@@ -68,6 +69,7 @@ class Announcement:
             calibration,
             nowcaster,
             parameters,
+            work=_own_work(nowcasting, nowcaster),
             period=nowcasting.period,
             interval=nowcasting.interval,
             seconds_per_step=seconds,
@@ -92,3 +94,10 @@ class Announcement:
     @staticmethod
     def _give_up(error: Exception) -> None:
         logger.info(f"The cost of nowcasts cannot be estimated ({type(error).__name__}: {error}).")
+
+
+def _own_work(nowcasting: Nowcasting, nowcaster: Nowcaster) -> float:
+    """This rank's share of the work of a nowcast."""
+    shapes = [shape for _, shape, _ in nowcasting.store.signature()]
+    every = sum(math.prod(shape) for shape in shapes)
+    return nowcaster.work(shapes) * nowcasting.own_parameters / max(every, 1)

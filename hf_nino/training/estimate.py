@@ -1,7 +1,8 @@
 """What nowcasting will cost: memory of snapshots, seconds per nowcast, share of training time; known before training.
 
-The cost of a nowcast grows linearly with the parameters.  So it is measured on one small matrix, with the nowcaster
-itself and a real :class:`~hf_nino.training.history.History`, and carried over to the model (:func:`calibrate`).
+The cost of a nowcast grows linearly with its work: with the parameters, for most nowcasters.  So it is measured on one
+small matrix, with the nowcaster itself and a real :class:`~hf_nino.training.history.History`, and carried over to the
+model (:func:`calibrate`).
 """
 
 from __future__ import annotations
@@ -32,13 +33,14 @@ class Calibration:
     """What was measured on one matrix.
 
     Attributes:
-        sizes: parameters of the last two trials, the smaller first; both the same if the model is small itself.
+        sizes: work (:meth:`~hf_nino.nowcaster.base.Nowcaster.work`) of the last two trials, the smaller first; both
+            the same if the model is small itself.
         nowcast: seconds of a nowcast with guard and writing, at each size.
         snapshot: seconds per parameter that training waits for a snapshot.
         memory: bytes per parameter that the nowcaster carries from one nowcast to the next.
     """
 
-    sizes: tuple[int, int]
+    sizes: tuple[float, float]
     nowcast: tuple[float, float]
     snapshot: float
     memory: float = 0.0
@@ -46,8 +48,8 @@ class Calibration:
     def snapshot_seconds(self, parameters: int) -> float:
         return self.snapshot * parameters
 
-    def nowcast_seconds(self, parameters: int) -> float:
-        return extrapolate(self.sizes, self.nowcast, parameters)
+    def nowcast_seconds(self, work: float) -> float:
+        return extrapolate(self.sizes, self.nowcast, work)
 
 
 @dataclass(frozen=True)
@@ -122,6 +124,7 @@ def estimate(
     nowcaster: Nowcaster,
     parameters: int,
     *,
+    work: float,
     period: int,
     interval: int,
     history_device: str,
@@ -129,7 +132,11 @@ def estimate(
     seconds_per_step: float,
     steps_are: str,
 ) -> Estimate:
-    """The cost for a model with ``parameters`` trainable parameters, from a calibration of the same nowcaster."""
+    """The cost for a model with ``parameters`` trainable parameters, from a calibration of the same nowcaster.
+
+    Args:
+        work: of a nowcast of these parameters, as the nowcaster says.
+    """
     return Estimate(
         parameters=parameters,
         context=nowcaster.context,
@@ -137,7 +144,7 @@ def estimate(
         interval=interval,
         history_device=history_device,
         history_dtype=str(history_dtype).removeprefix("torch."),
-        seconds_per_nowcast=calibration.nowcast_seconds(parameters),
+        seconds_per_nowcast=calibration.nowcast_seconds(work),
         seconds_per_snapshot=calibration.snapshot_seconds(parameters),
         seconds_per_step=seconds_per_step,
         steps_are=steps_are,
@@ -145,7 +152,7 @@ def estimate(
     )
 
 
-def extrapolate(sizes: tuple[int, int], seconds: tuple[float, float], size: int) -> float:
+def extrapolate(sizes: tuple[float, float], seconds: tuple[float, float], size: float) -> float:
     """The line through two measurements, at ``size``; never below the larger one if ``size`` is larger.
 
     A slope that noise has turned negative counts as the mean cost per parameter of the larger measurement.
@@ -182,7 +189,7 @@ def calibrate(
     """
     place = "cpu" if history_device.startswith("disk:") else history_device
     device = torch.device(device)
-    timed: list[tuple[int, float]] = []
+    timed: list[tuple[float, float]] = []
     carried = 0.0
     with preserved_rng(), torch.no_grad():
         size = SMALLEST
@@ -190,7 +197,7 @@ def calibrate(
             side = max(math.isqrt(min(size, parameters)), 1)
             trial = _Trial(nowcaster, _Matrix(side, device), History(nowcaster.context, history_dtype, place))
             trial.run()  # pays for what happens once: memory, kernels, encodings
-            timed.append((side * side, min(trial.run() for _ in range(2))))
+            timed.append((nowcaster.work([(side, side)]), min(trial.run() for _ in range(2))))
             if nowcaster.has_memory:
                 carried = sum(t.numel() * t.element_size() for t in nowcaster.memory().values()) / side**2
                 nowcaster.load_memory({})

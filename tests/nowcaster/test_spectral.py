@@ -80,6 +80,14 @@ def test_operations_are_those_of_the_products():
         assert counter.get_total_flops() == whitening_operations(shape), shape
 
 
+def test_its_work_is_that_of_whitening_and_of_the_rest():
+    """More for a square matrix than for a long one of as many elements, and for that than for a vector; without
+    whitening they are all alike."""
+    square, long, vector = (SpectralNowcaster().work([shape]) for shape in ((512, 512), (16, 16384), (262144,)))
+    assert square > long > vector == 262144
+    assert SpectralNowcaster(whiten=False).work([(512, 512), (16, 16384)]) == 2 * 262144
+
+
 def written_out(states, nowcaster):
     """The definition, tensor by tensor, in float64: nowcasts for a list of displacements."""
     buffer, direction, gain, results = 0.0, None, nowcaster.gain, []

@@ -101,6 +101,28 @@ def test_a_cost_that_is_linear_is_found_exactly(monkeypatch):
     assert calibration.snapshot_seconds(10**9) == 0
 
 
+def test_a_cost_that_goes_with_shapes_is_found_by_the_work_that_the_nowcaster_says(monkeypatch):
+    """One that takes as long as a matrix has elements times rows: exact for long matrices, where the number of
+    parameters alone would say three times as much."""
+    clock = Clock(monkeypatch)
+
+    class Squaring(Costly):
+        def work(self, shapes):
+            return sum(rows * rows * columns for rows, columns in shapes)
+
+        def nowcast(self, graph, states, horizon):
+            clock.now += 1e-9 * sum(len(tensor) * tensor.numel() for tensor in states[0].values())
+            return Line.nowcast(self, graph, states, horizon)
+
+    nowcaster, shapes = Squaring(clock), [(10, 1000)] * 7
+    found = calibrate(nowcaster, 70_000)
+    assert found.nowcast_seconds(nowcaster.work(shapes)) == pytest.approx(7e-4)
+    plain = Costly(clock)
+    assert plain.work(shapes) == 70_000
+    monkeypatch.setattr(Squaring, "work", Costly.work)
+    assert calibrate(nowcaster, 70_000).nowcast_seconds(70_000) > 2e-3
+
+
 def test_no_trial_is_larger_than_the_model_or_than_it_must_be(monkeypatch):
     """A slow nowcaster is tried on one small matrix, a fast one on nothing larger than the model."""
     clock = Clock(monkeypatch)
