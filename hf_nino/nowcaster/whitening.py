@@ -16,7 +16,7 @@ _LONG = 2
 
 def cosine(a: Tensor, b: Tensor) -> Tensor:
     """The cosine of the angle between two tensors, a scalar on their device; NaN if one of them is 0."""
-    return (a * b).sum() / (a.norm() * b.norm())
+    return torch.dot(a.flatten(), b.flatten()) / (a.norm() * b.norm())
 
 
 def whiteness_of_noise(shape: tuple[int, ...]) -> float:
