@@ -22,6 +22,7 @@ COMMANDS = [
     "estimate",
     "record",
     "meta-train",
+    "remake",
     "version",
     "bench",
     "bench report",

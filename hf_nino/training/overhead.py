@@ -60,6 +60,8 @@ class Overhead:
 
     def nowcast_made(self, spent: float) -> None:
         """Call after every nowcast, with the seconds spent on nowcasting so far, this one's snapshots included."""
+        if not self.bounded:
+            return
         self._cost, self._before = spent - self._before, spent
 
     @property
@@ -86,12 +88,16 @@ class Overhead:
         self._before = self._cost = 0.0
 
     def state(self) -> dict[str, Any]:
+        """What a checkpoint keeps; nothing without a limit: states of equal runs are equal."""
+        if not self.bounded:
+            return {}
         return {"step_seconds": self.step_seconds, "before": self._before, "cost": self._cost}
 
     def load(self, state: Mapping[str, Any]) -> None:
         """What :meth:`state` gave."""
-        self._saved = state["step_seconds"]
-        self._before, self._cost = float(state["before"]), float(state["cost"])
+        if state:
+            self._saved = state["step_seconds"]
+            self._before, self._cost = float(state["before"]), float(state["cost"])
 
 
 def check_overhead(limit: float | None, name: str = "max_overhead") -> float | None:

@@ -138,8 +138,7 @@ class Resumable:
         self.step_count, self.skipped_steps = int(state["step"]), int(state["skipped_steps"])
         self.nowcasts, self.rejected = int(state["nowcasts"]), int(state["rejected"])
         self.seconds = float(state["seconds"])
-        if "overhead" in state:
-            self.overhead.load(state["overhead"])
+        self.overhead.load(state.get("overhead", {}))
         self.outlook.warmup_end = state["warmup_end"]
         self.taken_back, self.stopped = int(state.get("taken_back", 0)), bool(state.get("stopped", False))
         self._loaded = {"fingerprint": None}

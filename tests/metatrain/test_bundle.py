@@ -73,22 +73,24 @@ def touched(out):
     return (out / NOWCASTER / "model.safetensors").stat().st_mtime_ns, sorted((out / TRAJECTORIES).rglob("*"))
 
 
+def apart(first, second):
+    return max(float((first[name] - second[name]).abs().max()) for name in first)
+
+
 def test_the_recipe_makes_the_same_again(made, tmp_path):
-    """Weights bit for bit, in another folder; with another seed they differ; and nothing is done twice."""
-    again = tmp_path / "again"
-    remake_nowcaster(MAKING, again, jobs=1, device="cpu")
-    first, second = weights(made / NOWCASTER), weights(again / NOWCASTER)
-    assert all(torch.equal(first[name], second[name]) for name in first)
-    before = touched(again)
-    said = []
+    """Bit for bit from the same trajectories, of which none is recorded again; with trajectories of its own next to
+    the same, since models are then trained one by one or together, whichever is faster; with another seed, others."""
+    before, said = touched(made), []
+    told = {"trajectories": made / TRAJECTORIES, "jobs": 1, "device": "cpu"}
+    remake_nowcaster(MAKING, tmp_path / "again", **told, say=said.append)
+    assert "2 are recorded already" in said[0] and touched(made) == before
+    first = weights(made / NOWCASTER)
+    assert apart(first, weights(tmp_path / "again" / NOWCASTER)) == 0
+    remake_nowcaster(MAKING, tmp_path / "anew", jobs=1, device="cpu")
     other = Making(MAKING.record, MAKING.config, {**MAKING.settings, "seed": 1})
-    remake_nowcaster(
-        other, tmp_path / "other", trajectories=again / TRAJECTORIES, jobs=1, device="cpu", say=said.append
-    )
-    assert "2 are recorded already" in said[0]
-    third = weights(tmp_path / "other" / NOWCASTER)
-    assert not all(torch.equal(first[name], third[name]) for name in first)
-    assert before == touched(again)
+    remake_nowcaster(other, tmp_path / "other", **told)
+    anew, others = (apart(first, weights(tmp_path / name / NOWCASTER)) for name in ("anew", "other"))
+    assert anew < 0.02 < 0.1 < others
 
 
 def test_a_bundled_nowcaster_is_the_one_that_was_made(made, places):

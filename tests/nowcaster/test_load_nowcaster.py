@@ -45,7 +45,7 @@ def test_rules_by_name(spec, kwargs, kind, values):
             "linaer",
             {},
             FileNotFoundError,
-            r"'linaer': rules are \['linear', 'momentum', 'spectral'\], bundled nowcasters are none",
+            r"'linaer': rules are \['linear', 'momentum', 'spectral'\], bundled nowcasters are \['nino-base', ",
         ),
         ("linear", {"speed": 2}, TypeError, "'linear' does not take these settings: .*speed"),
         ("linear:factor", {}, ValueError, "must look like"),
