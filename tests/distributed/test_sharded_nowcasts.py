@@ -319,6 +319,27 @@ def test_without_votes_ranks_would_wait_for_each_other(tmp_path):
     assert "not here within the process group's time-out of 5 s" in first and "ran out of memory" not in second
 
 
+def _dear(rank):
+    """Nowcasts are dear on rank 1 alone, by its own clock."""
+    heard = Heard()
+    with patch("hf_nino.training.overhead.LARGE", 1):
+        nowcasting = started(wrapped("ddp", bare_model()), "momentum", max_overhead=1000.0)
+    drive(nowcasting, 1, PERIOD)
+    nowcasting.overhead._cost = 1e9 if rank else 1e-9  # seconds
+    drive(nowcasting, PERIOD + 1, 2 * PERIOD)
+    nowcasting.overhead._cost = 1e-9
+    states = drive(nowcasting, 2 * PERIOD + 1, 3 * PERIOD)
+    return {"steps": [event.step for event in nowcasting.events], "state": states[3 * PERIOD], "heard": heard.lines}
+
+
+def test_a_nowcast_that_is_too_dear_for_one_rank_waits_on_all(tmp_path):
+    """Clocks differ; nowcasts are at the same steps on all ranks, and the first rank says why one waits."""
+    first, second = launch(_dear, 2, tmp_path)
+    assert first["steps"] == second["steps"] == [PERIOD, 3 * PERIOD]
+    assert same(first["state"], second["state"])
+    assert sum("Fewer nowcasts: rank 1: a nowcast takes 1e+09 s" in line for line in first["heard"]) == 1
+
+
 def _slow(rank):
     heard = Heard()
     nowcasting = started(wrapped("ddp", bare_model()), "linear:context=3")
