@@ -29,12 +29,12 @@ def bundled_card(
         benchmark: runs with it, and with its rivals.
     """
     tags = "".join(f"- {tag}\n" for tag in TAGS)
-    more = "\n".join((_making(name, config, making, made), _held_out(made), _benchmark(name, benchmark), _limits()))
+    more = "\n".join((_making(name, making, made), _held_out(made), _benchmark(name, benchmark), _limits()))
     text = nowcaster_card(config, name, made["parameters"], bundled=True, more=more)
     return f"---\nlicense: mit\nlibrary_name: hf_nino\ntags:\n{tags}---\n\n{text}"
 
 
-def _making(name: str, config: NowcasterConfig, making: Making, made: Mapping[str, Any]) -> str:
+def _making(name: str, making: Making, made: Mapping[str, Any]) -> str:
     record, hours, hardware = making.record, made["hours"], made["hardware"]
     settings = ", ".join(f"{key} {_plain(value)}" for key, value in making.settings.items())
     tasks = ", ".join(f"`{task}`" for task in record["tasks"])

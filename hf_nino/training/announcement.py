@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import math
 import time
 from typing import TYPE_CHECKING
 
@@ -99,5 +98,4 @@ class Announcement:
 def _own_work(nowcasting: Nowcasting, nowcaster: Nowcaster) -> float:
     """This rank's share of the work of a nowcast."""
     shapes = [shape for _, shape, _ in nowcasting.store.signature()]
-    every = sum(math.prod(shape) for shape in shapes)
-    return nowcaster.work(shapes) * nowcasting.own_parameters / max(every, 1)
+    return nowcaster.work(shapes) * nowcasting.own_parameters / max(nowcasting.store.elements(own=False), 1)
