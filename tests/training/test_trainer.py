@@ -136,7 +136,7 @@ def test_plain_training_arguments_will_do(tmp_path, caplog):
     assert trainer.nowcasting.spec == NOWCASTER and isinstance(trainer.nowcasting.nowcaster, Nowcaster)
     assert trainer.nowcasting.period == 10 and trainer.nowcasting.nowcasts >= 2
     assert trainer.nowcasting.outlook.horizon.policy == "lr-budget"
-    assert sum("nowcast every 10 steps" in record.message for record in caplog.records) == 1
+    assert sum("every 10 steps instead of" in record.message for record in caplog.records) == 1
 
 
 def test_none_turns_nowcasts_off(tmp_path):
