@@ -29,7 +29,7 @@ from ..nowcaster import (
 from ..nowcaster.operations import operations, working_memory
 from ..nowcaster.owners import rounds
 from ..nowcaster.portion import portion_of
-from ..nowcaster.whitening import whitening_operations
+from ..nowcaster.whitening import whitening_operations, worth_bfloat16
 from ..training.stores.layout import Layout
 from .engine.models import SHAPES, Shape
 
@@ -59,6 +59,7 @@ class Machine:
     Args:
         flops: float32 operations per second of matrix products, as far as nowcasts reach them.  Default: a third of
             an H100's 67 TFLOP/s outside its tensor cores; on CPUs the engine reaches 32 to 40 percent.
+        half_flops: the same in bfloat16, for large matrices that are whitened.  Default: a third of an H100's 989.
         states: bytes per second at which snapshots are read and predictions written.  Default: they are in host
             memory, behind PCIe 5 x16.  With ``history_device="model"`` it is the device's memory, 60 times as fast.
         memory: bytes per second of the memory that the model is in, which is where nowcasters keep what they carry.
@@ -68,6 +69,7 @@ class Machine:
     """
 
     flops: float = 22e12
+    half_flops: float = 330e12
     states: float = 50e9
     memory: float = 3e12
     network: float = 50e9
@@ -88,7 +90,8 @@ class Cost:
         summed_bytes: that it puts into sums over ranks.
         exchanged_bytes: that it sends to others one by one, in the nowcast and when it is written.
         collectives: sums and exchanges.
-        operations: floating-point operations in matrix products.
+        operations: float32 operations in matrix products.
+        half_operations: bfloat16 ones.
         traffic_bytes: of snapshots and predictions, read and written.
         memory_bytes: of all else that is no matrix product, read and written.
     """
@@ -105,6 +108,7 @@ class Cost:
     operations: int
     traffic_bytes: int
     memory_bytes: int
+    half_operations: int = 0
 
     @property
     def sent_bytes(self) -> float:
@@ -116,7 +120,8 @@ class Cost:
         steps = self.collectives * math.ceil(math.log2(self.ranks))
         talking = self.sent_bytes / machine.network + steps * machine.latency
         moving = self.traffic_bytes / machine.states + self.memory_bytes / machine.memory
-        return self.operations / machine.flops + moving + talking
+        multiplying = self.operations / machine.flops + self.half_operations / machine.half_flops
+        return multiplying + moving + talking
 
 
 class OnPaper(Ranks):
@@ -267,11 +272,18 @@ def _spectral(nowcaster: SpectralNowcaster, shards: Shards) -> dict[str, int]:
         "summed_bytes": item + 5 * len(shapes) * item,
         "exchanged_bytes": item * sum(_to_owners(shards, names) + _from_owners(shards, names) for names in together),
         "collectives": 2 + 2 * len(together),
-        # All wait for the costliest of a round.
-        "operations": sum(matrices[names[0]] for names in together),
+        # All wait for the costliest of a round, whichever kind that is.
+        "operations": sum(_costliest(names, shapes, torch.float32) for names in together),
+        "half_operations": sum(_costliest(names, shapes, torch.bfloat16) for names in together),
         "traffic_bytes": own * TRAFFIC,
         "memory_bytes": own * SPECTRAL_MEMORY,
     }
+
+
+def _costliest(names: tuple[str, ...], shapes: Mapping[str, tuple[int, ...]], dtype: torch.dtype) -> int:
+    """Operations of the costliest matrix among those that are multiplied in this dtype."""
+    half = dtype == torch.bfloat16
+    return max((whitening_operations(shapes[n], dtype) for n in names if worth_bfloat16(shapes[n]) == half), default=0)
 
 
 def _to_owners(shards: Shards, names: tuple[str, ...]) -> int:

@@ -69,7 +69,7 @@ def estimate_model(
         calibration,
         chosen,
         parameters,
-        work=chosen.work(shapes),
+        work=chosen.work(shapes, device),
         period=period,
         interval=interval,
         history_device=history_device,
@@ -108,7 +108,8 @@ def as_table(name: str, nowcaster: str, found: Estimate) -> str:
         (place, " and ".join(f"{readable(size)} of {kind}" for kind, size in memory.items()))
         for place, memory in found.memory.items()
     ]
-    rows.append(("probation", f"{readable(found.undo_bytes)}, while a nowcast can be taken back (AdamW)"))
+    undo = f"{readable(found.undo_bytes)}, while a nowcast can be taken back (AdamW); {found.seconds_per_undo:.3g} s"
+    rows.append(("probation", undo))
     if found.carried_bytes:
         rows.append(("nowcaster", f"{readable(found.carried_bytes)}, carried from nowcast to nowcast"))
     rows += [

@@ -7,6 +7,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping, Sequence
 from typing import ClassVar
 
+import torch
 from torch import Tensor
 
 from ..graph import NeuralGraph
@@ -76,9 +77,9 @@ class Nowcaster(ABC):
         ``shards``, see :meth:`nowcast`.
         """
 
-    def work(self, shapes: Iterable[tuple[int, ...]]) -> float:
-        """What a nowcast of parameters of these shapes costs, in any unit, for estimates of its seconds: how many
-        elements they have, for whoever does the same with each."""
+    def work(self, shapes: Iterable[tuple[int, ...]], device: torch.device | str = "cpu") -> float:
+        """What a nowcast of parameters of these shapes costs on a device, in any unit, for estimates of its seconds:
+        how many elements they have, for whoever does the same with each."""
         return float(sum(math.prod(shape) for shape in shapes))
 
     @property

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from functools import cache
 
 import torch
 from torch import Tensor
@@ -12,6 +13,9 @@ from torch import Tensor
 STEPS = ((3.4445, -4.7750, 2.0315),) * 5 + ((1.5, -0.5, 0.0),) * 2
 # So many times as wide as tall, a matrix is whitened by way of its Gram matrix: fewer operations from about 1.75 on.
 _LONG = 2
+# The shorter side from which products are in bfloat16 where that is several times as fast.  Smaller matrices take next
+# to nothing, and are the same everywhere.  So many times as wide as tall, the Gram matrix in float32 is faster still.
+_LARGE, _VERY_LONG = 256, 16
 
 
 def cosine(a: Tensor, b: Tensor) -> Tensor:
@@ -39,7 +43,8 @@ def whitened(matrix: Tensor) -> Tensor:
     come out within 3% of equal, but for those below about 1/1000 of the norm, which stay smaller.
 
     Args:
-        matrix: of two axes or more, float32; all but the first are taken together.
+        matrix: of two axes or more, float32; all but the first are taken together.  The products are in
+            :func:`whitening_dtype`.
 
     Returns:
         The same shape and dtype; 0 for 0.
@@ -51,7 +56,10 @@ def whitened(matrix: Tensor) -> Tensor:
     x = wide / largest
     norm = x.norm().clamp_min(tiny)
     x.div_(norm)
-    x = polar_by_gram(x) if x.shape[1] >= _LONG * x.shape[0] else polar_by_steps(x)
+    if whitening_dtype(matrix.shape, matrix.device) == torch.bfloat16:
+        x = polar_by_steps(x.to(torch.bfloat16)).to(x.dtype)
+    else:
+        x = polar_by_gram(x) if x.shape[1] >= _LONG * x.shape[0] else polar_by_steps(x)
     x = x if wide is flat else x.mT
     return (x * (largest * (norm / math.sqrt(min(flat.shape))))).reshape(matrix.shape)
 
@@ -85,11 +93,39 @@ def whitened_exactly(matrix: Tensor) -> Tensor:
     return (u @ v * (flat.norm() / math.sqrt(min(flat.shape)))).reshape(matrix.shape)
 
 
-def whitening_operations(shape: tuple[int, ...]) -> int:
-    """Floating-point operations of the products in :func:`whitened`."""
+def whitening_dtype(shape: tuple[int, ...], device: torch.device | str) -> torch.dtype:
+    """In which :func:`whitened` multiplies a matrix of this shape: bfloat16 if that is worth it, on GPUs and on CPUs
+    that have instructions for it; else float32."""
+    fast = worth_bfloat16(shape) and _multiplies_bfloat16(torch.device(device).type)
+    return torch.bfloat16 if fast else torch.float32
+
+
+def worth_bfloat16(shape: tuple[int, ...]) -> bool:
+    """Whether a matrix is large, and no longer than a feed-forward layer's.
+
+    In bfloat16 it is 5 to 7 times as fast (384 x 384 to 1024 x 1024, one core with AMX), and the direction is as good:
+    its cosine with the exact one was lower by at most 0.0004 where singular values fall by 100 times, and by 0.003
+    where they fall by 1000 times, where that of float32 is 0.96.  The way by the Gram matrix is not for bfloat16: it
+    loses what is small.
+    """
+    across = math.prod(shape[1:])
+    short, long = min(shape[0], across), max(shape[0], across)
+    return short >= _LARGE and long < _VERY_LONG * short
+
+
+@cache
+def _multiplies_bfloat16(device: str) -> bool:
+    if device == "cuda":
+        return torch.cuda.is_available() and torch.cuda.get_device_capability()[0] >= 8
+    has_tiles = getattr(torch.cpu, "_is_amx_tile_supported", None)
+    return device == "cpu" and has_tiles is not None and bool(has_tiles())
+
+
+def whitening_operations(shape: tuple[int, ...], dtype: torch.dtype = torch.float32) -> int:
+    """Floating-point operations of the products in :func:`whitened`, in the dtype that they have there."""
     across = math.prod(shape[1:])
     short, long = min(shape[0], across), max(shape[0], across)
     cubic = sum(bool(c) for _, _, c in STEPS)
-    if long < _LONG * short:
+    if dtype != torch.float32 or long < _LONG * short:
         return 4 * short**2 * long * len(STEPS) + 2 * short**3 * cubic
     return 4 * short**2 * long + 2 * short**3 * (cubic + 3 * len(STEPS) - 1)

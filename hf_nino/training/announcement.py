@@ -19,7 +19,7 @@ logger = logging.get_logger(__name__)
 
 # The first steps are slow: compilation, autotuning, data loaders that start.
 SKIPPED = 3
-# Steps that are timed: as many as an interval has, within these bounds.
+# Steps that are timed: as many as an interval has, within these bounds; the fewest where nowcasts are bounded by time.
 FEWEST, MOST = 5, 50
 
 
@@ -31,11 +31,12 @@ class Announcement:
     Args:
         nowcaster: one with a memory has nothing in it yet; then a copy is kept until the estimate is made.
         interval: optimizer steps between snapshots.
+        soon: after 8 steps at the latest: nowcasts wait for it.
     """
 
-    def __init__(self, nowcaster: Nowcaster, interval: int) -> None:
+    def __init__(self, nowcaster: Nowcaster, interval: int, soon: bool = False) -> None:
         self.estimate: Estimate | None = None
-        self._steps = min(max(interval, FEWEST), MOST)
+        self._steps = FEWEST if soon else min(max(interval, FEWEST), MOST)
         self._ticks = 0
         self._started = self._busy = 0.0
         self._nowcaster: Nowcaster | None = None
@@ -44,6 +45,13 @@ class Announcement:
                 self._nowcaster = copy.deepcopy(nowcaster) if nowcaster.has_memory else nowcaster
             except Exception as error:
                 self._give_up(error)
+
+    @property
+    def expected(self) -> float | None:
+        """Seconds of the first nowcast; ``None`` before the estimate, 0 where there is none, as on other ranks."""
+        if self.estimate is not None:
+            return self.estimate.seconds_in_all
+        return 0.0 if self._nowcaster is None else None
 
     def tick(self, nowcasting: Nowcasting) -> None:
         """Call at every optimizer step, before anything else is done."""
@@ -55,10 +63,12 @@ class Announcement:
         elif self._ticks == SKIPPED + self._steps:
             elapsed = self._now(nowcasting) - self._started - (nowcasting.seconds - self._busy)
             nowcaster, self._nowcaster = self._nowcaster, None
+            started = time.perf_counter()
             try:
                 self._announce(nowcasting, nowcaster, max(elapsed, 1e-9) / self._steps)
             except Exception as error:
                 self._give_up(error)
+            nowcasting.seconds += time.perf_counter() - started
 
     def _announce(self, nowcasting: Nowcasting, nowcaster: Nowcaster, seconds: float) -> None:
         history, parameters = nowcasting.history, nowcasting.own_parameters
@@ -69,6 +79,7 @@ class Announcement:
             nowcaster,
             parameters,
             work=_own_work(nowcasting, nowcaster),
+            watched=nowcasting.probation.patience > 0,
             period=nowcasting.period,
             interval=nowcasting.interval,
             seconds_per_step=seconds,
@@ -98,4 +109,8 @@ class Announcement:
 def _own_work(nowcasting: Nowcasting, nowcaster: Nowcaster) -> float:
     """This rank's share of the work of a nowcast."""
     shapes = [shape for _, shape, _ in nowcasting.store.signature()]
-    return nowcaster.work(shapes) * nowcasting.own_parameters / max(nowcasting.store.elements(own=False), 1)
+    return (
+        nowcaster.work(shapes, nowcasting.store.device)
+        * nowcasting.own_parameters
+        / max(nowcasting.store.elements(own=False), 1)
+    )

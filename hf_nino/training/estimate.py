@@ -64,6 +64,7 @@ class Estimate:
         seconds_per_snapshot: that training waits.
         seconds_per_step: of the base optimizer; ``steps_are`` says where the number comes from.
         carried_bytes: memory of the nowcaster from one nowcast to the next.
+        watched: whether what a nowcast replaces is kept, to take it back.
     """
 
     parameters: int
@@ -77,6 +78,7 @@ class Estimate:
     seconds_per_step: float
     steps_are: str
     carried_bytes: int = 0
+    watched: bool = True
 
     @property
     def snapshot_bytes(self) -> int:
@@ -99,22 +101,33 @@ class Estimate:
         return 3 * 4 * self.parameters
 
     @property
+    def seconds_per_undo(self) -> float:
+        """That keeping what a nowcast replaces takes: what is copied, at the rate of a snapshot."""
+        copied = (self.undo_bytes + self.carried_bytes) / max(self.snapshot_bytes, 1) if self.watched else 0.0
+        return copied * self.seconds_per_snapshot
+
+    @property
+    def seconds_in_all(self) -> float:
+        """Of a nowcast, its snapshots, and keeping what it replaces."""
+        return self.seconds_per_nowcast + self.context * self.seconds_per_snapshot + self.seconds_per_undo
+
+    @property
     def overhead(self) -> float:
-        """Seconds of a nowcast and its snapshots over the seconds of the steps between two nowcasts."""
-        spent = self.seconds_per_nowcast + self.context * self.seconds_per_snapshot
-        return spent / (self.period * self.seconds_per_step)
+        """What a nowcast takes in all over the seconds of the steps between two nowcasts."""
+        return self.seconds_in_all / (self.period * self.seconds_per_step)
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values, derived ones included."""
-        names = ("snapshot_bytes", "memory", "undo_bytes", "overhead")
+        names = ("snapshot_bytes", "memory", "undo_bytes", "seconds_per_undo", "overhead")
         return asdict(self) | {name: getattr(self, name) for name in names}
 
     def __str__(self) -> str:
         text = (
             f"a nowcast every {self.period} steps costs about {100 * self.overhead:.2g}% of training time: "
-            f"{self.seconds_per_nowcast:.2g} s, {self.context} snapshots of {self.seconds_per_snapshot:.2g} s, steps "
-            f"of {self.seconds_per_step:.2g} s ({self.steps_are}). Snapshots take "
-            f"{readable(self.context * self.snapshot_bytes)} on {self.history_device}"
+            f"{self.seconds_per_nowcast:.2g} s, {self.context} snapshots of {self.seconds_per_snapshot:.2g} s, "
+            f"{self.seconds_per_undo:.2g} s to be able to take it back, steps of {self.seconds_per_step:.2g} s "
+            f"({self.steps_are}). Snapshots take {readable(self.context * self.snapshot_bytes)} on "
+            f"{self.history_device}"
         )
         return text + (f", the nowcaster {readable(self.carried_bytes)}" if self.carried_bytes else "")
 
@@ -131,6 +144,7 @@ def estimate(
     history_dtype: torch.dtype,
     seconds_per_step: float,
     steps_are: str,
+    watched: bool = True,
 ) -> Estimate:
     """The cost for a model with ``parameters`` trainable parameters, from a calibration of the same nowcaster.
 
@@ -149,6 +163,7 @@ def estimate(
         seconds_per_step=seconds_per_step,
         steps_are=steps_are,
         carried_bytes=round(calibration.memory * parameters),
+        watched=watched,
     )
 
 
@@ -197,7 +212,7 @@ def calibrate(
             side = max(math.isqrt(min(size, parameters)), 1)
             trial = _Trial(nowcaster, _Matrix(side, device), History(nowcaster.context, history_dtype, place))
             trial.run()  # pays for what happens once: memory, kernels, encodings
-            timed.append((nowcaster.work([(side, side)]), min(trial.run() for _ in range(2))))
+            timed.append((nowcaster.work([(side, side)], device), min(trial.run() for _ in range(2))))
             if nowcaster.has_memory:
                 carried = sum(t.numel() * t.element_size() for t in nowcaster.memory().values()) / side**2
                 nowcaster.load_memory({})

@@ -26,7 +26,7 @@ from .history import History
 from .horizon import Horizon, Trust
 from .losses import LossMeter
 from .outlook import Outlook
-from .overhead import Overhead
+from .overhead import NOT_KNOWN, Overhead
 from .period import resolve_schedule, resolve_stop
 from .probation import Probation, default_patience
 from .probe import Batches, Probe
@@ -98,7 +98,7 @@ class Nowcasting(Attempting):
         rejected: nowcasts that failed or were refused.
         taken_back: nowcasts that were written and taken back.
         stopped: whether nowcasting has been given up for this run.
-        seconds: spent on snapshots and nowcasts.
+        seconds: spent on snapshots and nowcasts, and on finding out what they cost.
         own_parameters: elements that this rank keeps and predicts: its rows, or everything.
         events: what happened so far in this process.
         on_state: called with this rank's rows of all parameters, {name: tensor}, when a snapshot is taken and after a
@@ -195,7 +195,7 @@ class Nowcasting(Attempting):
         self.graph = graph
         if self.nowcaster.has_memory:
             self.nowcaster.load_memory({})  # the object may come from another run
-        self.announcement = Announcement(self.nowcaster, self.interval)
+        self.announcement = Announcement(self.nowcaster, self.interval, soon=self.overhead.bounded)
         if any(dtype in ("torch.bfloat16", "torch.float16") for _, _, dtype in self._signature):
             self._say_once(
                 "Parameters are kept in 16 bits without a float32 copy: small moves, of the optimizer and of nowcasts "
@@ -266,6 +266,7 @@ class Nowcasting(Attempting):
                 return event
         if self.stop_step is not None and step > self.stop_step:
             self._forget()
+            self.history.close()
             return None
         due = step % self.period == 0
         if self.nowcaster.has_memory and not self._settled:
@@ -392,8 +393,8 @@ class Nowcasting(Attempting):
         """Whether nowcasts have cost too much for another one now."""
         if not self.overhead.bounded:
             return False
-        reason = self.store.agree(self.overhead.too_dear(self.step_count, self.seconds))
-        if reason:
+        reason = self.store.agree(self.overhead.too_dear(self.step_count, self.seconds, self.announcement.expected))
+        if reason and reason != NOT_KNOWN:
             self._say_once(f"Fewer nowcasts: {reason}.", about="overhead")
         return bool(reason)
 

@@ -11,6 +11,7 @@ from typing import Any
 
 # In smaller models nowcasts take milliseconds, and when they fall should not depend on a clock.
 LARGE = 10_000_000
+NOT_KNOWN = "what a nowcast takes is not known yet"
 # Steps whose median is what a step takes: evaluations and checkpoints between two of them do not count.
 TIMED = 50
 
@@ -21,7 +22,7 @@ class Overhead:
     A nowcast costs as much as the model has parameters; a step, as it has parameters times tokens.  So a nowcast every
     25 steps is next to nothing with large batches, and a good part of the run with tiny ones.  Here it has to wait for
     the next multiple of the period at which everything spent on nowcasts, itself included, is at most ``limit`` of the
-    time that the steps have taken.  The first one does not wait: what it costs is not known before.
+    time that the steps have taken.  It is taken to cost what the last one did, and the first one what is expected.
 
     Times are this process's, without waiting for a GPU: in the steady state the host is as slow as the GPU is.
 
@@ -68,16 +69,24 @@ class Overhead:
     def step_seconds(self) -> float | None:
         return median(self._steps) if self._steps else self._saved
 
-    def too_dear(self, step: int, spent: float) -> str:
-        """Why a nowcast at ``step`` has to wait, in words; empty if it has not to."""
-        seconds = self.step_seconds
-        if not self.bounded or not self._cost or not seconds or self.limit is None:
+    def too_dear(self, step: int, spent: float, expected: float | None = 0.0) -> str:
+        """Why a nowcast at ``step`` has to wait, in words; empty if it has not to.
+
+        Args:
+            spent: seconds spent on nowcasting so far.
+            expected: what the first nowcast will take; 0 if nobody can say, and then it does not wait; ``None`` if
+                that is not known yet.
+        """
+        if self.bounded and not self._cost and expected is None:
+            return NOT_KNOWN
+        seconds, cost = self.step_seconds, self._cost or expected
+        if not self.bounded or not cost or not seconds or self.limit is None:
             return ""
-        if spent + self._cost <= self.limit * step * seconds:
+        if spent + cost <= self.limit * step * seconds:
             return ""
-        apart = math.ceil(self._cost / (self.limit * seconds))
+        apart = math.ceil(cost / (self.limit * seconds))
         return (
-            f"a nowcast takes {self._cost:.2g} s and an optimizer step {seconds:.2g} s. There will be one about every "
+            f"a nowcast takes {cost:.2g} s and an optimizer step {seconds:.2g} s. There will be one about every "
             f"{apart:,} steps, so that nowcasts take at most {self.limit:.3g} of training time (`max_overhead`; None "
             "for as many as the period says)"
         )

@@ -151,27 +151,26 @@ class HostPlace(Place):
 
     Parameters on the CPU are copied at once.  Those on CUDA travel to pinned memory on a stream of their own, and
     neither the host nor, if the device has room for one more copy, the training stream waits for them (:class:`Lane`).
-    Pinned memory is slow to get, so the buffers of released snapshots are used again.
+    Memory is slow to get, pinned memory above all, so the buffers of released snapshots are used again.
     """
 
     def __init__(self, dtype: torch.dtype) -> None:
         super().__init__(dtype)
         self._lanes: dict[torch.device, Lane] = {}
-        self._free: list[dict[str, Tensor]] = []
+        self._free: list[_Buffers] = []
         self._pins = True
 
     def keep(self, state: Mapping[str, Tensor], step: int) -> Snapshot:
-        far = {name: tensor for name, tensor in state.items() if travels(tensor.device)}
-        buffers = self._buffers({name: tensor.shape for name, tensor in far.items()})
+        buffers = self._buffers({name: (tensor.shape, travels(tensor.device)) for name, tensor in state.items()})
         loads: dict[torch.device, list[tuple[Tensor, Tensor]]] = {}
-        for name, tensor in far.items():
-            loads.setdefault(tensor.device, []).append((buffers[name], tensor))
+        for name, tensor in state.items():
+            if travels(tensor.device):
+                loads.setdefault(tensor.device, []).append((buffers[name], tensor))
         events = [self._lane(device).carry(load) for device, load in loads.items()]
-        kept = {
-            name: buffers[name] if name in far else _copy(tensor, self.dtype, torch.device("cpu"))
-            for name, tensor in state.items()
-        }
-        return _HostSnapshot(kept, buffers, events, self._free)
+        for name, tensor in state.items():
+            if not travels(tensor.device):
+                buffers[name].copy_(tensor.detach())
+        return _HostSnapshot(buffers, events, self._free)
 
     def close(self) -> None:
         self._free.clear()
@@ -182,20 +181,24 @@ class HostPlace(Place):
             self._lanes[device] = Lane(device)
         return self._lanes[device]
 
-    def _buffers(self, shapes: Mapping[str, torch.Size]) -> dict[str, Tensor]:
-        """Host memory for tensors of these shapes: used before, or new."""
+    def _buffers(self, wanted: Mapping[str, tuple[torch.Size, bool]]) -> _Buffers:
+        """Host memory for tensors of these shapes, pinned or not: used before, or new."""
         while self._free:
             buffers = self._free.pop()
-            if {name: buffer.shape for name, buffer in buffers.items()} == shapes:
+            if buffers.wanted == wanted:
                 return buffers
-        slabs, places = pack({name: shape.numel() * self.dtype.itemsize for name, shape in shapes.items()})
+        far = {name: shape for name, (shape, pinned) in wanted.items() if pinned}
+        slabs, places = pack({name: shape.numel() * self.dtype.itemsize for name, shape in far.items()})
         memory = [self._pinned(size) for size in slabs]
-        return {
-            name: memory[slab][first : first + shapes[name].numel() * self.dtype.itemsize]
+        found = {
+            name: memory[slab][first : first + far[name].numel() * self.dtype.itemsize]
             .view(self.dtype)
-            .view(shapes[name])
+            .view(far[name])
             for name, (slab, first) in places.items()
         }
+        near = {name: torch.empty(shape, dtype=self.dtype) for name, (shape, pinned) in wanted.items() if not pinned}
+        found |= near
+        return _Buffers(wanted, {name: found[name] for name in wanted})
 
     def _pinned(self, size: int) -> Tensor:
         if self._pins:
@@ -207,22 +210,29 @@ class HostPlace(Place):
         return torch.empty(size, dtype=torch.uint8)
 
 
+class _Buffers(dict[str, Tensor]):
+    """Host memory for a snapshot, and what it was made for: {name: (shape, whether it is pinned)}."""
+
+    def __init__(self, wanted: Mapping[str, tuple[torch.Size, bool]], tensors: Mapping[str, Tensor]) -> None:
+        super().__init__(tensors)
+        self.wanted = dict(wanted)
+
+
 class _HostSnapshot(Snapshot):
-    def __init__(
-        self, tensors: dict[str, Tensor], buffers: dict[str, Tensor], events: Sequence[Any], free: list
-    ) -> None:
-        self._tensors, self._buffers, self._events, self._free = tensors, buffers, events, free
+    def __init__(self, buffers: _Buffers, events: Sequence[Any], free: list[_Buffers]) -> None:
+        self._buffers: _Buffers | None = buffers
+        self._events, self._free = events, free
 
     def tensors(self) -> dict[str, Tensor]:
         for event in self._events:
             event.synchronize()
-        return dict(self._tensors)
+        return {} if self._buffers is None else dict(self._buffers)
 
     def release(self) -> None:
         """The next copies into these buffers come after the last ones on the same streams: nothing to wait for."""
-        if self._buffers:
+        if self._buffers is not None:
             self._free.append(self._buffers)
-            self._buffers = {}
+            self._buffers = None
 
 
 def pack(sizes: Mapping[str, int]) -> tuple[list[int], dict[str, tuple[int, int]]]:

@@ -5,6 +5,7 @@ import math
 from contextlib import contextmanager
 from itertools import pairwise
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -34,6 +35,7 @@ from hf_nino.graph import EdgeBlock, EdgeType, NeuralGraph, NeuronGroup, Nodes
 from hf_nino.graph.build import build_graph
 from hf_nino.nowcaster import NiNoModel, NowcasterConfig, Shards
 from hf_nino.nowcaster.portion import portion_of
+from hf_nino.nowcaster.whitening import whitening_operations
 from hf_nino.training.blueprint import graph_of
 from hf_nino.training.ranks import ProcessGroupRanks
 from hf_nino.training.stores import make_store
@@ -133,8 +135,25 @@ def test_more_ranks_keep_and_work_less(name):
         assert cost.sent_bytes <= 2 * cost.summed_bytes + cost.exchanged_bytes
         # Slower in every respect is slower.
         assert (
-            cost.seconds(Machine(1e9, 1e9, 1e9, 1e9, 1e-3)) > cost.seconds(Machine(1e12, 1e12, 1e12, 1e12, 1e-6)) > 0
+            cost.seconds(Machine(1e9, 1e9, 1e9, 1e9, 1e9, 1e-3))
+            > cost.seconds(Machine(1e12, 1e12, 1e12, 1e12, 1e12, 1e-6))
+            > 0
         )
+
+
+def test_large_matrices_are_counted_in_bfloat16():
+    """A matrix of 256 by 300 beside one of 256 by 4096 and one of 16 by 300: each in the dtype of its products, all of
+    one rank's, the costliest of each kind where every matrix has a rank of its own; a network has none of them."""
+    shapes = {"large": (256, 300), "long": (4096, 256), "small": (16, 300)}
+    graph = SimpleNamespace(shapes=shapes, parameter_names=list(shapes))
+    operations = {name: whitening_operations(shape) for name, shape in shapes.items()}
+    half = whitening_operations(shapes["large"], torch.bfloat16)
+    for size, whole in ((1, operations["long"] + operations["small"]), (4, operations["long"])):
+        cost = cost_of(nowcasters()["spectral"], graph, fully_sharded(shapes, size))
+        assert (cost.operations, cost.half_operations) == (whole, half)
+        slow = cost.seconds(Machine(half_flops=1.0))
+        assert slow == pytest.approx(half, rel=0.01) and cost.seconds(Machine()) < 1 < slow
+    assert cost_of(nowcasters()["linear"], graph, fully_sharded(shapes, 1)).half_operations == 0
 
 
 def test_ranks_on_paper_are_silent():

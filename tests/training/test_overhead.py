@@ -7,6 +7,7 @@ import torch
 from training_helpers import MAX_STEPS, PERIOD, Line, Pull, RawLoop, same
 
 from hf_nino import NiNo, NiNoTrainingArguments
+from hf_nino.training import announcement
 from hf_nino.training import overhead as overhead_module
 from hf_nino.training.overhead import Overhead
 
@@ -19,13 +20,13 @@ class Clock:
         monkeypatch.setattr(overhead_module.time, "perf_counter", lambda: self.now)
 
 
-def simulate(clock, limit, steps, period=10, cost=2.0, step_seconds=1.0, parameters=10**7, evaluation=0.0):
+def simulate(clock, limit, steps, period=10, cost=2.0, step_seconds=1.0, parameters=10**7, evaluation=0.0, told=0.0):
     """Steps at which nowcasts are made, and what is spent on them."""
     overhead, spent, made = Overhead(limit, parameters), 0.0, []
     for step in range(1, steps + 1):
         clock.now += step_seconds + (evaluation if step % 100 == 0 else 0.0)
         overhead.tick(spent)
-        if step % period == 0 and not overhead.too_dear(step, spent):
+        if step % period == 0 and not overhead.too_dear(step, spent, None if step < 15 and told else told):
             clock.now += cost
             spent += cost
             overhead.nowcast_made(spent)
@@ -45,6 +46,16 @@ def test_what_is_spent_stays_below_the_limit(monkeypatch):
     every = list(range(10, 1001, 10))
     assert simulate(clock, None, 1000)[0] == simulate(clock, 0.2, 1000)[0] == every
     assert simulate(clock, 0.01, 1000, parameters=10**7 - 1)[0] == every
+
+
+def test_the_first_one_waits_as_well_where_its_cost_is_expected(monkeypatch):
+    """What is spent is at most 1% of the time at every nowcast, if the first one was told right; none is made before
+    anything is known."""
+    clock = Clock(monkeypatch)
+    assert simulate(clock, 0.01, 1000, told=2.0)[0] == list(range(200, 1001, 200))
+    assert simulate(clock, 0.01, 1000, told=1.0)[0] == [100, *range(400, 1001, 200)]
+    assert simulate(clock, 0.01, 1000, cost=0.09, told=0.09)[0] == list(range(20, 1001, 10))
+    assert simulate(clock, 0.01, 1000, cost=0.09)[0] == list(range(10, 1001, 10))
 
 
 def test_cheap_nowcasts_do_not_wait(monkeypatch):
@@ -86,28 +97,26 @@ class Slow(Pull):
         return super().nowcast(*args, **kwargs)
 
 
-@pytest.mark.parametrize("nowcaster", [Slow, Line])
+class SlowLine(Line):
+    """Likewise, without a memory."""
+
+    def nowcast(self, *args, **kwargs):
+        time.sleep(0.05)
+        return super().nowcast(*args, **kwargs)
+
+
+@pytest.mark.parametrize("nowcaster", [Slow, SlowLine])
 def test_a_run_has_fewer_nowcasts_and_says_why_once(nowcaster, monkeypatch, caplog):
-    """Where they are dearer than steps there is one, and one message that names the argument; with `None`, and in
-    small models, there are all."""
-    if nowcaster is Line:
-        monkeypatch.setattr(Line, "nowcast", slowly(Line.nowcast))
+    """Where they are dearer than steps there are none, and one message that names the argument; with `None`, and in
+    small models, there are all; with a loose limit all but the one before their cost is known."""
     every = MAX_STEPS // PERIOD
     assert made(nowcaster()) == every
     monkeypatch.setattr(overhead_module, "LARGE", 1)
     caplog.clear()
-    assert made(nowcaster()) == 1
+    assert made(nowcaster()) == 0
     assert sum("`max_overhead`" in record.message for record in caplog.records) == 1
     assert made(nowcaster(), max_overhead=None) == every
-    assert made(nowcaster(), max_overhead=1000.0) == every
-
-
-def slowly(function):
-    def slow(*args, **kwargs):
-        time.sleep(0.05)
-        return function(*args, **kwargs)
-
-    return slow
+    assert made(nowcaster(), max_overhead=1000.0) == every - 1
 
 
 def made(nowcaster, **options):
@@ -117,12 +126,20 @@ def made(nowcaster, **options):
 
 
 def test_waiting_changes_nothing_else(monkeypatch):
-    """A run whose nowcasts but the first wait is the run that has only the first."""
+    """A run whose nowcasts wait is the run that has none; where nobody can say what the first one takes, it is made,
+    and the run is the one that has only that."""
     monkeypatch.setattr(overhead_module, "LARGE", 1)
-    bounded = RawLoop(Slow()).run(MAX_STEPS)
+    none = RawLoop(SlowLine()).run(MAX_STEPS)
+    monkeypatch.setattr(announcement, "calibrate", cannot)
+    one = RawLoop(SlowLine()).run(MAX_STEPS)
     monkeypatch.undo()
-    assert same(bounded, RawLoop(Slow(), stop_step=PERIOD).run(MAX_STEPS))
-    assert not same(bounded, RawLoop(Slow()).run(MAX_STEPS))
+    assert same(none, RawLoop(SlowLine(), start_step=MAX_STEPS).run(MAX_STEPS))
+    assert same(one, RawLoop(SlowLine(), start_step=PERIOD, stop_step=2 * PERIOD).run(MAX_STEPS))
+    assert not same(one, none) and not same(one, RawLoop(SlowLine()).run(MAX_STEPS))
+
+
+def cannot(*args, **kwargs):
+    raise RuntimeError("no clock")
 
 
 @pytest.mark.parametrize("limit", [0, -0.1, float("nan"), float("inf"), True, "0.01"])

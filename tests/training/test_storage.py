@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import threading
+import weakref
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -228,8 +229,12 @@ def test_with_room_on_the_device_training_does_not_wait(fake_cuda):
     assert same(history.states()[0], state)
 
 
-def test_pinned_memory_is_used_again(fake_cuda):
-    """A cleared history's buffers serve the next one, unless the parameters have changed their shapes."""
+@pytest.mark.parametrize("far", [True, False])
+def test_host_memory_is_used_again(far, request):
+    """A cleared history's buffers serve the next one, pinned or not, unless the parameters have changed their shapes;
+    a closed one has given them back."""
+    if far:
+        request.getfixturevalue("fake_cuda")
     history = History(2)
 
     def addresses(size):
@@ -242,6 +247,11 @@ def test_pinned_memory_is_used_again(fake_cuda):
     history.clear()
     addresses(5)
     assert history.states()[0]["a"].shape == (5,)
+    kept = [weakref.ref(tensor) for tensor in history.states()[0].values()]
+    history.clear()
+    assert all(tensor() is not None for tensor in kept)
+    history.close()
+    assert all(tensor() is None for tensor in kept)
 
 
 def test_pinned_memory_is_packed():

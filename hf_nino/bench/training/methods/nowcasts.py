@@ -30,6 +30,7 @@ _WHEN: Mapping[str, Any] = {
     "stop_fraction": None,
     "patience": None,
     "max_failures": 3,
+    "max_overhead": 0.01,
 }
 """Settings that every nowcasting method takes, with the product's defaults (:class:`hf_nino.training.Nowcasting`)."""
 
@@ -55,9 +56,9 @@ class NowcastMethod(Method):
     """A nowcaster over an optimizer.
 
     Settings are those of the nowcaster (:attr:`nowcaster_defaults`) and, for when and how far it looks ahead,
-    ``period``, ``interval``, ``horizon``, ``start_step``, ``stop_step``, ``stop_fraction``, ``patience`` and
-    ``max_failures`` of :class:`hf_nino.training.Nowcasting`.  Without a ``period``, it is the nowcaster's own, or less
-    in a run too short for four nowcasts.
+    ``period``, ``interval``, ``horizon``, ``start_step``, ``stop_step``, ``stop_fraction``, ``patience``,
+    ``max_failures`` and ``max_overhead`` of :class:`hf_nino.training.Nowcasting`.  Without a ``period``, it is the
+    nowcaster's own, or less in a run too short for four nowcasts.
 
     Args:
         base: the method whose optimizer trains between nowcasts.
@@ -169,11 +170,20 @@ class Spectral(NowcastMethod):
 
     nowcaster_defaults = _defaults(SpectralNowcaster)
 
-    def __init__(self, base: OptimizerMethod) -> None:
-        super().__init__(base, "spectral", "spectral nowcasts")
+    def __init__(self, base: OptimizerMethod, name: str = "spectral", title: str = "spectral nowcasts") -> None:
+        super().__init__(base, name, title)
 
     def make_nowcaster(self, **settings: Any) -> Nowcaster:
         return SpectralNowcaster(**settings)
+
+
+class Unbounded(Spectral):
+    """The same at whatever cost, for large models on small batches, where others wait."""
+
+    grid = ({"max_overhead": None},)
+
+    def __init__(self, base: OptimizerMethod) -> None:
+        super().__init__(base, "spectral-unbounded", "spectral nowcasts at any cost")
 
 
 class LearnedNowcasts(NowcastMethod):
@@ -215,4 +225,5 @@ NOWCASTS: dict[str, type[Linear] | type[Momentum] | type[Lookahead] | type[Spect
     "momentum": Momentum,
     "lookahead": Lookahead,
     "spectral": Spectral,
+    "spectral-unbounded": Unbounded,
 }
