@@ -41,6 +41,7 @@ PRESETS = {
             "fm-vit",
             "minilm-tweets",
             "minilm-tweets-head",
+            "minilm-tweets-lora",
         ),
         methods=(*NOWCASTS, *BASELINES, *ON_OTHERS),
         selection=SELECTION,

@@ -98,6 +98,16 @@ _TASKS: tuple[Task, ...] = (
         warmup_steps=40,
         evaluate_every=50,
     ),
+    FineTuningTask(
+        name="minilm-tweets-lora",
+        mode="lora",
+        steps=400,
+        batch_size=16,
+        learning_rate=5e-4,
+        constant_learning_rate=5e-4,
+        warmup_steps=40,
+        evaluate_every=50,
+    ),
 )
 
 TASKS: dict[str, Task] = {task.name: task for task in _TASKS}

