@@ -103,6 +103,10 @@ class Nowcaster(ABC):
         """What it carries from nowcast to nowcast, to be checkpointed: {name: tensor}."""
         return {}
 
+    def live_memory(self) -> dict[str, Tensor]:
+        """The same for whoever copies it at once: the tensors may be those that the next nowcast changes."""
+        return self.memory()
+
     def memory_rows(self, key: str) -> str | None:
         """The parameter whose rows a tensor of :meth:`memory` consists of, row by row; ``None`` if it has no rows.
 

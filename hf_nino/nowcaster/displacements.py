@@ -119,8 +119,11 @@ class DisplacementNowcaster(Nowcaster):
 
     def memory(self) -> dict[str, Tensor]:
         """``PART.NAME`` for every part, the anchor included, and every parameter: copies."""
+        return {name: tensor.clone() for name, tensor in self.live_memory().items()}
+
+    def live_memory(self) -> dict[str, Tensor]:
         everything = {"anchor": self._anchor, **self._kept}
-        return {f"{part}.{name}": tensor.clone() for part, kept in everything.items() for name, tensor in kept.items()}
+        return {f"{part}.{name}": tensor for part, kept in everything.items() for name, tensor in kept.items()}
 
     def load_memory(self, memory: Mapping[str, Tensor]) -> None:
         """Restore :meth:`memory`; an empty mapping forgets everything.

@@ -22,6 +22,9 @@ SKIPPED = 3
 # Steps that are timed: as many as an interval has, within these bounds; the fewest where nowcasts are bounded by time.
 FEWEST, MOST = 5, 50
 
+# Seconds of the longest trial nowcast: all of them take about ten times as long.
+TRIAL = 0.02
+
 
 class Announcement:
     """Times the first steps of a run, calibrates, and logs the :class:`Estimate`; a warning above 5% of training time.
@@ -50,7 +53,7 @@ class Announcement:
     def expected(self) -> float | None:
         """Seconds of the first nowcast; ``None`` before the estimate, 0 where there is none, as on other ranks."""
         if self.estimate is not None:
-            return self.estimate.seconds_in_all
+            return self.estimate.seconds_of_the_first
         return 0.0 if self._nowcaster is None else None
 
     def tick(self, nowcasting: Nowcasting) -> None:
@@ -73,7 +76,7 @@ class Announcement:
     def _announce(self, nowcasting: Nowcasting, nowcaster: Nowcaster, seconds: float) -> None:
         history, parameters = nowcasting.history, nowcasting.own_parameters
         settings = {"history_device": history.device, "history_dtype": history.dtype}
-        calibration = calibrate(nowcaster, parameters, device=nowcasting.store.device, **settings)
+        calibration = calibrate(nowcaster, parameters, device=nowcasting.store.device, long_enough=TRIAL, **settings)
         self.estimate = estimate(
             calibration,
             nowcaster,

@@ -66,7 +66,7 @@ class Attempting(Watching):
         if slow:
             self._say_once(f"Nowcast skipped: {slow}.")
             return NowcastEvent(step, 0, 0, time.perf_counter() - started, reason=slow)
-        memory = self.nowcaster.memory() if watch and self.nowcaster.has_memory else {}
+        remembered = self._keep_memory() if watch else ""
         rates = None
         if self.nowcaster.reads_rates:
             rates = self.outlook.rates(
@@ -81,6 +81,8 @@ class Attempting(Watching):
         reason = verdict.reason or self.probation.refuses(verdict.alignment)
         common = {"step": step, "horizon": horizon, "horizon_steps": horizon * self.interval}
         if reason:
+            if watch:
+                self.undo.release()
             return self._refuse(reason, error, common, started)
         if verdict.remarks:
             logger.info(f"Nowcast at step {step}, {verdict.remarks}.")
@@ -92,7 +94,7 @@ class Attempting(Watching):
             return self._observe(writes, before, {**common, **norms, "seconds": seconds})
 
         writing = time.perf_counter()
-        kept = watch and self._keep(optimizer, memory)
+        kept = watch and self._keep(optimizer, remembered)
         if kept:
             self.probation.describe(horizon, verdict.alignment, before)
         failed = self._write(writes)

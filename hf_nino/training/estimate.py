@@ -38,12 +38,14 @@ class Calibration:
         nowcast: seconds of a nowcast with guard and writing, at each size.
         snapshot: seconds per parameter that training waits for a snapshot.
         memory: bytes per parameter that the nowcaster carries from one nowcast to the next.
+        first: seconds per parameter that the first snapshot takes longer, into memory that is new.
     """
 
     sizes: tuple[float, float]
     nowcast: tuple[float, float]
     snapshot: float
     memory: float = 0.0
+    first: float = 0.0
 
     def snapshot_seconds(self, parameters: int) -> float:
         return self.snapshot * parameters
@@ -65,6 +67,7 @@ class Estimate:
         seconds_per_step: of the base optimizer; ``steps_are`` says where the number comes from.
         carried_bytes: memory of the nowcaster from one nowcast to the next.
         watched: whether what a nowcast replaces is kept, to take it back.
+        seconds_of_new_memory: that a snapshot takes longer into memory that was not used before.
     """
 
     parameters: int
@@ -79,6 +82,7 @@ class Estimate:
     steps_are: str
     carried_bytes: int = 0
     watched: bool = True
+    seconds_of_new_memory: float = 0.0
 
     @property
     def snapshot_bytes(self) -> int:
@@ -103,13 +107,22 @@ class Estimate:
     @property
     def seconds_per_undo(self) -> float:
         """That keeping what a nowcast replaces takes: what is copied, at the rate of a snapshot."""
-        copied = (self.undo_bytes + self.carried_bytes) / max(self.snapshot_bytes, 1) if self.watched else 0.0
-        return copied * self.seconds_per_snapshot
+        return self._copied * self.seconds_per_snapshot
+
+    @property
+    def _copied(self) -> float:
+        """What is kept to take a nowcast back, in snapshots."""
+        return (self.undo_bytes + self.carried_bytes) / max(self.snapshot_bytes, 1) if self.watched else 0.0
 
     @property
     def seconds_in_all(self) -> float:
         """Of a nowcast, its snapshots, and keeping what it replaces."""
         return self.seconds_per_nowcast + self.context * self.seconds_per_snapshot + self.seconds_per_undo
+
+    @property
+    def seconds_of_the_first(self) -> float:
+        """Of the first nowcast: snapshots, the prediction and what is kept go into memory that is new."""
+        return self.seconds_in_all + (self.context + 1 + self._copied) * self.seconds_of_new_memory
 
     @property
     def overhead(self) -> float:
@@ -164,6 +177,7 @@ def estimate(
         steps_are=steps_are,
         carried_bytes=round(calibration.memory * parameters),
         watched=watched,
+        seconds_of_new_memory=calibration.first * parameters,
     )
 
 
@@ -221,9 +235,11 @@ def calibrate(
             size *= 4
         # At once as large as may be: a copy that stays in cache says nothing about one that does not.
         matrix = _Matrix(max(math.isqrt(min(parameters, LARGEST)), 1), device)
-        snapshot = _snapshot_seconds(matrix, History(1, history_dtype, place)) / matrix.weight.numel()
+        first, snapshot = (
+            seconds / matrix.weight.numel() for seconds in _snapshot_seconds(matrix, History(1, history_dtype, place))
+        )
     sizes, nowcasts = zip(*(timed[-2:] if len(timed) > 1 else timed * 2), strict=True)
-    return Calibration(sizes, nowcasts, snapshot, carried)
+    return Calibration(sizes, nowcasts, snapshot, carried, max(first - snapshot, 0.0))
 
 
 class _Matrix:
@@ -241,12 +257,13 @@ class _Matrix:
         return time.perf_counter() - started
 
 
-def _snapshot_seconds(matrix: _Matrix, history: History) -> float:
-    best = math.inf
+def _snapshot_seconds(matrix: _Matrix, history: History) -> tuple[float, float]:
+    """Of the first snapshot, and of others: where memory is used again."""
+    taken = []
     for step in range(3):
         history.clear()
-        best = min(best, matrix.seconds(lambda step=step: history.append({"weight": matrix.weight}, step)))
-    return best
+        taken.append(matrix.seconds(lambda step=step: history.append({"weight": matrix.weight}, step)))
+    return taken[0], min(taken)
 
 
 class _Trial:

@@ -32,19 +32,25 @@ class Undo:
 
     def __init__(self, device: str | torch.device) -> None:
         self.device = str(device)
-        self._places: dict[torch.dtype, Place] = {}
+        self._places: dict[tuple[str, torch.dtype], Place] = {}
         self._kept: list[Snapshot] = []
         self._others: dict[str, Tensor] = {}
         self._numbers: dict[str, Any] = {}
 
-    def keep(self, store: ParameterStore, optimizer: Any, memory: Mapping[str, Tensor], step: int) -> None:
+    def keep_memory(self, memory: Mapping[str, Tensor], step: int) -> None:
+        """Keep the nowcaster's memory as it is now, before a nowcast changes it, instead of the state kept before; the
+        rest is for :meth:`keep`."""
+        self.release()
+        self._fill({f"memory/{name}": tensor for name, tensor in memory.items()}, step, "-memory")
+
+    def keep(self, store: ParameterStore, optimizer: Any, memory: Mapping[str, Tensor] | None, step: int) -> None:
         """Keep the state as it is now, instead of the one kept before.
 
         Args:
             store: the parameters; the buffers that are saved with its model (statistics of batch normalization) are
                 kept too.
             optimizer: its state, and what its groups hold beside settings of a schedule.
-            memory: the nowcaster's.
+            memory: the nowcaster's; ``None``: what :meth:`keep_memory` kept.
             step: optimizer steps done.
 
         Raises:
@@ -52,11 +58,11 @@ class Undo:
         """
         live = store.live()  # before anything that may fail on one rank alone
         state, numbers = _optimizer_state(store, optimizer)
-        self.release()
+        if memory is not None:
+            self.keep_memory(memory, step)
         tensors = {f"parameter/{name}": tensor for name, tensor in live.items()}
         tensors |= {f"buffer/{name}": tensor for name, tensor in saved_buffers(store.model).items()}
-        tensors |= {f"memory/{name}": tensor for name, tensor in memory.items()} | state
-        self._fill(tensors, step)
+        self._fill(tensors | state, step)
         self._numbers = numbers
 
     def restore(self, store: ParameterStore, optimizer: Any) -> dict[str, Tensor]:
@@ -105,18 +111,18 @@ class Undo:
         self._fill(dict(tensors), step)
         self._numbers = dict(numbers)
 
-    def _fill(self, tensors: Mapping[str, Tensor], step: int) -> None:
+    def _fill(self, tensors: Mapping[str, Tensor], step: int, what: str = "") -> None:
         for dtype in DTYPES:
             part = {name: tensor for name, tensor in tensors.items() if tensor.dtype == dtype}
             if part:
-                self._kept.append(self._place(dtype).keep(part, step))
-        self._others = {name: t.detach().clone() for name, t in tensors.items() if t.dtype not in DTYPES}
+                self._kept.append(self._place(what, dtype).keep(part, step))
+        self._others |= {name: t.detach().clone() for name, t in tensors.items() if t.dtype not in DTYPES}
 
-    def _place(self, dtype: torch.dtype) -> Place:
-        if dtype not in self._places:
-            folder = f"/undo-{str(dtype).removeprefix('torch.')}" if self.device.startswith(DISK) else ""
-            self._places[dtype] = make_place(self.device + folder, dtype)
-        return self._places[dtype]
+    def _place(self, what: str, dtype: torch.dtype) -> Place:
+        if (what, dtype) not in self._places:
+            folder = f"/undo{what}-{str(dtype).removeprefix('torch.')}" if self.device.startswith(DISK) else ""
+            self._places[what, dtype] = make_place(self.device + folder, dtype)
+        return self._places[what, dtype]
 
 
 def saved_buffers(model: nn.Module) -> dict[str, Tensor]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -85,15 +85,32 @@ class Watching(Resumable):
             )
         return what
 
-    def _keep(self, optimizer: Any, memory: Mapping[str, Tensor]) -> bool:
-        """Keep the state before a nowcast is written, and open its probation; whether that was possible."""
-        failure = ""
+    def _keep_memory(self) -> str:
+        """Keep what the nowcaster carries, before a nowcast changes it; why that was not possible."""
         try:
-            self.undo.keep(self.store, self._base(optimizer), memory, self.step_count)
+            self.undo.keep_memory(self.nowcaster.live_memory() if self.nowcaster.has_memory else {}, self.step_count)
+        except Exception as error:
+            return self._cannot_keep(error)
+        return ""
+
+    @staticmethod
+    def _cannot_keep(error: Exception) -> str:
+        return f"the state before them cannot be kept ({type(error).__name__}: {error})"
+
+    def _keep(self, optimizer: Any, remembered: str) -> bool:
+        """Keep the state before a nowcast is written, and open its probation; whether that was possible.
+
+        Args:
+            remembered: why the nowcaster's memory could not be kept before; empty if it was.
+        """
+        failure = remembered
+        try:
+            if not failure:
+                self.undo.keep(self.store, self._base(optimizer), None, self.step_count)
         except NoUndo as error:
             failure = str(error)
         except Exception as error:
-            failure = f"the state before them cannot be kept ({type(error).__name__}: {error})"
+            failure = self._cannot_keep(error)
         failure = self.store.agree(failure)
         if failure:
             self.undo.release()

@@ -71,6 +71,9 @@ def test_overhead_is_time_spent_over_time_trained():
     assert GUESS.overhead == pytest.approx(0.092)
     assert replace(GUESS, watched=False).overhead == pytest.approx(0.08)
     assert replace(GUESS, carried_bytes=2 * GUESS.snapshot_bytes).overhead == pytest.approx(0.1)
+    # The first one also needs memory: for 5 snapshots, its prediction, parameters and moments.
+    first = replace(GUESS, seconds_of_new_memory=0.1).seconds_of_the_first
+    assert first == pytest.approx(3 + 5 * 0.2 + 3 * 0.2 + (5 + 1 + 3) * 0.1)
     assert step_seconds(1000, 50, 1e6) == pytest.approx(0.3)
     assert [readable(size) for size in (7, 1536, 3 * 2**30)] == ["7 B", "1.5 KiB", "3 GiB"]
 

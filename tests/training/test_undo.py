@@ -67,6 +67,31 @@ def test_everything_is_put_back_exactly_and_in_place(tmp_path, kind, place):
     assert same(later, everything(net, optimizer))
 
 
+@pytest.mark.parametrize("place", ["cpu", "model", "disk"])
+def test_memory_is_kept_as_it_was_before_the_nowcast(tmp_path, place):
+    """Kept first, changed in place by the nowcast, and then the rest is kept: the memory of before comes back, beside
+    parameters and state of after; the next state takes the place of all of it."""
+    net = model()
+    optimizer = OPTIMIZERS["adamw"](net.parameters())
+    step(net, optimizer, 0)
+    undo = Undo(f"disk:{tmp_path}" if place == "disk" else place)
+    memory = {"anchor": torch.arange(3.0), "count": torch.tensor(3)}
+    for turn in range(2):
+        before = {name: tensor.clone() for name, tensor in memory.items()}
+        undo.keep_memory(memory, turn)
+        memory["anchor"].add_(1.0)
+        memory["count"].add_(1)
+        undo.keep(make_store(net), optimizer, None, turn)
+        kept = everything(net, optimizer)
+        step(net, optimizer, 1)
+        assert same(undo.restore(make_store(net), optimizer), before) and not same(before, memory)
+        assert same(kept, everything(net, optimizer))
+        step(net, optimizer, 2)
+    undo.release()
+    assert undo.tensors() == {}
+    undo.close()
+
+
 def test_state_that_did_not_exist_is_gone_again():
     """Kept before the first step: afterwards the optimizer has no state, and its first step is the first again."""
     net = model()
