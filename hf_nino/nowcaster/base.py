@@ -26,6 +26,8 @@ class Nowcaster(ABC):
         needs_graph: whether :meth:`nowcast` reads the neural graph.
         works_on_shards: whether :meth:`nowcast` and :meth:`settle` take ``shards``.  Whoever drives a nowcaster that
             does not gathers whole states for it on every rank, calls it without, and keeps the rank's own rows.
+        elementwise: whether every element is predicted from its own past alone, so that a parameter may be given in
+            pieces.
         reach: how far it really looks ahead at most, in intervals; a larger horizon is treated as this one.
         reads_rates: whether :meth:`nowcast` takes ``rates``.  Whoever drives one that does not calls it without.
         any_horizon: whether a horizon may be a fraction.
@@ -36,6 +38,7 @@ class Nowcaster(ABC):
     max_horizon: int
     needs_graph: ClassVar[bool] = False
     works_on_shards: ClassVar[bool] = False
+    elementwise: ClassVar[bool] = False
 
     @abstractmethod
     def nowcast(

@@ -38,6 +38,7 @@ class LinearNowcaster(Nowcaster):
     """
 
     works_on_shards = True
+    elementwise = True
 
     def __init__(
         self,
@@ -113,6 +114,7 @@ class MomentumNowcaster(DisplacementNowcaster):
 
     parts: ClassVar[tuple[str, ...]] = ("buffer",)
     works_on_shards = True
+    elementwise = True
 
     def __init__(self, momentum: float = 0.5, factor: float = 1.0, nesterov: bool = True, period: int = 50) -> None:
         super().__init__()

@@ -109,9 +109,9 @@ def nowcast_checkpoints(
     parameters, is left behind.  The guard of training judges it (:mod:`hf_nino.training.guard`).
 
     Safetensors are read and written tensor by tensor, in place of a mapped file, so that the memory taken grows with
-    the largest tensor (about a dozen times its float32 size, half of it pages of files that the system may drop) and
-    not with the model.  Pickles (``.pt``, ``.bin``) are read with ``weights_only=True``, and the new state is in
-    memory until it is written.
+    the largest tensor (about a dozen times its float32 size, half of it pages of files that the system may drop; next
+    to nothing but these where every element is predicted alone) and not with the model.  Pickles (``.pt``, ``.bin``)
+    are read with ``weights_only=True``, and the new state is in memory until it is written.
 
     Where a checkpoint's tensors are not the model's parameters (transformers fuses experts when it loads them), a
     nowcaster that needs the graph gets the parameters of the loaded model, one in memory at a time, the others in

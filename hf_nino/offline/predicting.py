@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -21,7 +21,11 @@ from ..training.guard import InvalidNowcast, Verdict, judge, tame
 State = Mapping[str, Tensor]
 
 TENSOR_BY_TENSOR = (LinearNowcaster, WNNModel, DisplacementNowcaster)
-"""Nowcasters that look at one parameter at a time; :class:`NiNoModel` streams by itself, all others get everything."""
+"""Nowcasters that look at one parameter at a time, or at a piece of it if they are elementwise; :class:`NiNoModel`
+streams by itself, all others get everything."""
+
+PIECE = 1 << 22
+"""Elements of a piece."""
 
 
 @torch.no_grad()
@@ -66,18 +70,32 @@ def predict_into(
         token = None if nowcaster.token_position is None else token_rows(graph, vocabulary)
         predict(nowcaster, graph, states, measure_scales(states), horizons[0], pos, results, token=token)
         return
-    parts = [[name] for name in states[-1]] if isinstance(nowcaster, TENSOR_BY_TENSOR) else [list(states[-1])]
-    for names in parts:
-        some = [{name: state[name] for name in names} for state in states]
-        whole = graph if nowcaster.needs_graph else None
+    whole = graph if nowcaster.needs_graph else None
+    for some, into in _parts(nowcaster, states, results):
         found = [
             replay(nowcaster, whole, some, each, from_first=from_first)
             if carries(nowcaster)
             else nowcaster.nowcast(whole, some, each)
             for each in horizons
         ]
-        for name in names:
-            results[name].copy_(found[0][name] if len(found) == 1 else mean([state[name] for state in found]))
+        for name in into:
+            into[name].copy_(found[0][name] if len(found) == 1 else mean([state[name] for state in found]))
+
+
+def _parts(nowcaster: Nowcaster, states: Sequence[State], results: State) -> Iterator[tuple[list[State], State]]:
+    """(states, results) of what the nowcaster is to see at once, one after the other."""
+    if not isinstance(nowcaster, TENSOR_BY_TENSOR):
+        yield [dict(state) for state in states], results
+        return
+    for name in states[-1]:
+        tensors, result = [state[name] for state in states], results[name]
+        if not nowcaster.elementwise:
+            yield [{name: tensor} for tensor in tensors], {name: result}
+            continue
+        flat, target = [tensor.reshape(-1) for tensor in tensors], result.view(-1)
+        for start in range(0, len(target), PIECE):
+            part = slice(start, start + PIECE)
+            yield [{name: tensor[part]} for tensor in flat], {name: target[part]}
 
 
 def mean(tensors: Sequence[Tensor]) -> Tensor:

@@ -18,9 +18,11 @@ from hf_nino import (
     NiNoTrainer,
     NiNoTrainingArguments,
     NowcasterConfig,
+    SpectralNowcaster,
     cli,
+    load_nowcaster,
 )
-from hf_nino.offline import nowcast_checkpoints
+from hf_nino.offline import nowcast_checkpoints, predicting
 from hf_nino.offline.output import whole_folder
 from hf_nino.offline.parameters import tied_names
 from hf_nino.training.guard import InvalidNowcast, judge, tame
@@ -157,6 +159,26 @@ def test_nowcasters_with_memory_see_the_checkpoints_as_a_run_that_went_on(run, t
     assert two.steps == [10, 12]
     with pytest.raises(ValueError, match="reads 2 checkpoints, got 1"):
         nowcast_checkpoints(checkpoints(run, 12), "momentum", tmp_path / "none")
+
+
+@pytest.mark.parametrize("spec", ["linear", "momentum:momentum=0.8"])
+def test_elementwise_nowcasters_may_see_pieces(run, tmp_path, spec, monkeypatch):
+    """Pieces of 7 elements come out as whole tensors do, bit for bit, for one horizon and for the mean of two; a
+    nowcaster that looks at whole tensors would not, and is shown them whole."""
+    history = [read(path) for path in checkpoints(run, 4, 6, 8, 10, 12)]
+    horizons = [1] if spec != "linear" else [1, 3]
+    results = []
+    for piece in (10**9, 7):
+        monkeypatch.setattr(predicting, "PIECE", piece)
+        results.append({name: torch.empty_like(tensor) for name, tensor in history[-1].items()})
+        predicting.predict_into(load_nowcaster(spec), None, history, horizons, results[-1])
+    assert all(torch.equal(results[0][name], results[1][name]) for name in history[-1])
+    assert load_nowcaster(spec).elementwise and not SpectralNowcaster.elementwise
+    whole, pieces = ({name: torch.empty_like(t) for name, t in history[-1].items()} for _ in range(2))
+    predicting.predict_into(SpectralNowcaster(), None, history, 1, whole)
+    monkeypatch.setattr(SpectralNowcaster, "elementwise", True)
+    predicting.predict_into(SpectralNowcaster(), None, history, 1, pieces)
+    assert not all(torch.equal(whole[name], pieces[name]) for name in whole)
 
 
 def poisoned(run, tmp_path, value):
