@@ -35,6 +35,13 @@ def _conv(**settings: Any) -> ImageTask:
     return ImageTask(**common | {"weight_decay": 0.0, "max_grad_norm": None} | settings)
 
 
+def _tweets(learning_rate: float, **settings: Any) -> FineTuningTask:
+    """400 steps of fine-tuning, with the same learning rate in all protocols that do not sweep it."""
+    common = {"steps": 400, "batch_size": 16, "warmup_steps": 40, "evaluate_every": 50}
+    rates = {"learning_rate": learning_rate, "constant_learning_rate": learning_rate}
+    return FineTuningTask(**common | rates | settings)
+
+
 ENGLISH = "kjv+sotu+wordnet"
 """For models that would learn one of the texts by heart."""
 
@@ -79,35 +86,9 @@ _TASKS: tuple[Task, ...] = (
         constant_learning_rate=3e-4,
         evaluation_images=2500,
     ),
-    FineTuningTask(
-        name="minilm-tweets",
-        steps=400,
-        batch_size=16,
-        learning_rate=3e-5,
-        constant_learning_rate=3e-5,
-        warmup_steps=40,
-        evaluate_every=25,
-    ),
-    FineTuningTask(
-        name="minilm-tweets-head",
-        mode="head",
-        steps=400,
-        batch_size=16,
-        learning_rate=1e-3,
-        constant_learning_rate=1e-3,
-        warmup_steps=40,
-        evaluate_every=50,
-    ),
-    FineTuningTask(
-        name="minilm-tweets-lora",
-        mode="lora",
-        steps=400,
-        batch_size=16,
-        learning_rate=5e-4,
-        constant_learning_rate=5e-4,
-        warmup_steps=40,
-        evaluate_every=50,
-    ),
+    _tweets(name="minilm-tweets", mode="full", learning_rate=3e-5, evaluate_every=25),
+    _tweets(name="minilm-tweets-head", mode="head", learning_rate=1e-3),
+    _tweets(name="minilm-tweets-lora", mode="lora", learning_rate=5e-4),
 )
 
 TASKS: dict[str, Task] = {task.name: task for task in _TASKS}
