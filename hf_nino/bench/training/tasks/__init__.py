@@ -13,6 +13,7 @@ from .base import Task
 from .fine_tuning import FineTuningTask
 from .images import ImageTask
 from .language import LanguageTask
+from .reasoning import ReasoningTask
 
 
 def _small(**settings: Any) -> LanguageTask:
@@ -89,6 +90,15 @@ _TASKS: tuple[Task, ...] = (
     _tweets(name="minilm-tweets", mode="full", learning_rate=3e-5, evaluate_every=25),
     _tweets(name="minilm-tweets-head", mode="head", learning_rate=1e-3),
     _tweets(name="minilm-tweets-lora", mode="lora", learning_rate=5e-4),
+    ReasoningTask(
+        name="smollm2-reasoning",
+        steps=160,
+        batch_size=8,
+        learning_rate=5e-5,
+        constant_learning_rate=5e-5,
+        warmup_steps=16,
+        evaluate_every=20,
+    ),
 )
 
 TASKS: dict[str, Task] = {task.name: task for task in _TASKS}

