@@ -397,9 +397,3 @@ class Nowcasting(Attempting):
         if reason and reason != NOT_KNOWN:
             self._say_once(f"Fewer nowcasts: {reason}.", about="overhead")
         return bool(reason)
-
-    def _say_once(self, message: str, about: str | None = None) -> None:
-        """``about``: what makes it the same message, where numbers in it differ."""
-        if (about or message) not in self._said:
-            self._said.add(about or message)
-            logger.warning(message)

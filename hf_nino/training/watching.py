@@ -36,7 +36,7 @@ class Watching(Resumable):
     taken_back: int
     stopped: bool
     events: list[NowcastEvent]
-    _say_once: Callable[[str], None]
+    _said: set[str]
     _check_signature: Callable[[], None]
 
     def record_loss(self, loss: Tensor | float) -> None:
@@ -56,6 +56,12 @@ class Watching(Resumable):
     def synchronize(self) -> None:
         """Bring recorded losses to the host; where several ranks train, on all of them."""
         self.losses.read()
+
+    def _say_once(self, message: str, about: str | None = None) -> None:
+        """``about``: what makes it the same message, where numbers in it differ."""
+        if (about or message) not in self._said:
+            self._said.add(about or message)
+            logger.warning(message)
 
     # -- opening ----------------------------------------------------------------------------------------------------
 
