@@ -394,6 +394,6 @@ class Nowcasting(Attempting):
         if not self.overhead.bounded:
             return False
         reason = self.store.agree(self.overhead.too_dear(self.step_count, self.seconds, self.announcement.expected))
-        if reason and reason != NOT_KNOWN:
+        if reason and not reason.endswith(NOT_KNOWN):  # of several ranks, the one that says so is named
             self._say_once(f"Fewer nowcasts: {reason}.", about="overhead")
         return bool(reason)
