@@ -32,8 +32,14 @@ def whiteness_of_noise(shape: tuple[int, ...]) -> float:
     Args:
         shape: two axes or more; all but the first are taken together.
     """
+    short, long = _sides(shape)
+    return 1 - (1 - 8 / (3 * math.pi)) * short / long
+
+
+def _sides(shape: tuple[int, ...]) -> tuple[int, int]:
+    """The shorter and the longer side of a matrix or a kernel."""
     rows, columns = shape[0], math.prod(shape[1:])
-    return 1 - (1 - 8 / (3 * math.pi)) * min(rows, columns) / max(rows, columns)
+    return min(rows, columns), max(rows, columns)
 
 
 def whitened(matrix: Tensor) -> Tensor:
@@ -108,8 +114,7 @@ def worth_bfloat16(shape: tuple[int, ...]) -> bool:
     where they fall by 1000 times, where that of float32 is 0.96.  The way by the Gram matrix is not for bfloat16: it
     loses what is small.
     """
-    across = math.prod(shape[1:])
-    short, long = min(shape[0], across), max(shape[0], across)
+    short, long = _sides(shape)
     return short >= _LARGE and long < _VERY_LONG * short
 
 
@@ -123,8 +128,7 @@ def _multiplies_bfloat16(device: str) -> bool:
 
 def whitening_operations(shape: tuple[int, ...], dtype: torch.dtype = torch.float32) -> int:
     """Floating-point operations of the products in :func:`whitened`, in the dtype that they have there."""
-    across = math.prod(shape[1:])
-    short, long = min(shape[0], across), max(shape[0], across)
+    short, long = _sides(shape)
     cubic = sum(bool(c) for _, _, c in STEPS)
     if dtype != torch.float32 or long < _LONG * short:
         return 4 * short**2 * long * len(STEPS) + 2 * short**3 * cubic

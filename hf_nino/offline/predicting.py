@@ -16,16 +16,13 @@ from ..nowcaster.blockwise import predict
 from ..nowcaster.displacements import DisplacementNowcaster
 from ..nowcaster.modeling import check_graph, token_rows
 from ..nowcaster.scaling import measure_scales
-from ..training.guard import InvalidNowcast, Verdict, judge, tame
+from ..training.guard import PIECE, InvalidNowcast, Verdict, judge, tame
 
 State = Mapping[str, Tensor]
 
 TENSOR_BY_TENSOR = (LinearNowcaster, WNNModel, DisplacementNowcaster)
 """Nowcasters that look at one parameter at a time, or at a piece of it if they are elementwise; :class:`NiNoModel`
 streams by itself, all others get everything."""
-
-PIECE = 1 << 22
-"""Elements of a piece."""
 
 
 @torch.no_grad()

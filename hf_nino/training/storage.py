@@ -166,10 +166,9 @@ class HostPlace(Place):
         for name, tensor in state.items():
             if travels(tensor.device):
                 loads.setdefault(tensor.device, []).append((buffers[name], tensor))
-        events = [self._lane(device).carry(load) for device, load in loads.items()]
-        for name, tensor in state.items():
-            if not travels(tensor.device):
+            else:
                 buffers[name].copy_(tensor.detach())
+        events = [self._lane(device).carry(load) for device, load in loads.items()]
         return _HostSnapshot(buffers, events, self._free)
 
     def close(self) -> None:
@@ -196,8 +195,7 @@ class HostPlace(Place):
             .view(far[name])
             for name, (slab, first) in places.items()
         }
-        near = {name: torch.empty(shape, dtype=self.dtype) for name, (shape, pinned) in wanted.items() if not pinned}
-        found |= near
+        found |= {name: torch.empty(shape, dtype=self.dtype) for name, (shape, pinned) in wanted.items() if not pinned}
         return _Buffers(wanted, {name: found[name] for name in wanted})
 
     def _pinned(self, size: int) -> Tensor:

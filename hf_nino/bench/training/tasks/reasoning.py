@@ -87,9 +87,10 @@ class ReasoningTask(Task):
         package_folder("reasoning_gym", "reasoning-gym", EXTRA)
         folder, file = self._source()
         settings = {name: getattr(self, name) for name in ("problems", "length", "training_rows", "evaluation_rows")}
-        digest = hashlib.sha256(json.dumps([settings, str(folder)]).encode()).hexdigest()[:16]
-        tensors = prepared(cache / f"problems-{digest}.safetensors", lambda: self._tokenise(folder, file))
-        weights = prepared(cache / f"model-{digest}.safetensors", lambda: _weights(folder, file))
+        problems = cache / f"problems-{_digest(settings, str(folder))}.safetensors"
+        tensors = prepared(problems, lambda: self._tokenise(folder, file))
+        # Half a gigabyte: once for all settings.
+        weights = prepared(cache / f"model-{_digest(str(folder))}.safetensors", lambda: _weights(folder, file))
         config = AutoConfig.from_pretrained(folder, **file)
         config.use_cache = False
         return Problems(config, weights, **tensors)
@@ -182,6 +183,10 @@ def make_problems(names: tuple[str, ...], seed: int, rows: int) -> list[tuple[st
         for name in names
         for problem in reasoning_gym.create_dataset(name, size=rows, seed=seed)
     ]
+
+
+def _digest(*what: object) -> str:
+    return hashlib.sha256(json.dumps(what).encode()).hexdigest()[:16]
 
 
 def _weights(folder: Path, file: dict[str, str]) -> dict[str, Tensor]:
