@@ -587,6 +587,8 @@ def test_meta_training_resumes(tmp_path, monkeypatch):
 
 def test_every_method_is_found_by_its_name():
     """Names are unique, printable in a table and without spaces; every setting of every grid is JSON."""
+    for name in ("nino:there", "muon+nino:there", "paper-nino:there", "sgd+paper-nino:there"):
+        assert method(name).name == name and ("the paper's" in method(name).title) == ("paper" in name)
     for name, found in METHODS.items():
         assert method(name) is found and found.name == name and " " not in name and found.title
         assert found.missing() is None
@@ -603,7 +605,7 @@ def test_every_setting_of_every_grid_is_taken(name):
         assert all(map(math.isfinite, losses))
 
 
-@pytest.mark.parametrize("name", ["adam", "nino:", "ema+linear", "muon+", "+nino:x", "muon+nino"])
+@pytest.mark.parametrize("name", ["adam", "nino:", "ema+linear", "muon+", "+nino:x", "muon+nino", "other:x"])
 def test_an_unknown_method_is_refused(name):
     """The error names what there is."""
     with pytest.raises(ValueError, match=r"`method` must be one of adamw, sgd, muon, linear, .* got"):

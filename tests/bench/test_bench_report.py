@@ -201,6 +201,27 @@ def test_steps_to_a_target_accuracy(tmp_path):
     assert "steps to 90%" in table and "| 450 | 50% |" in table and "| none | none |" in table
 
 
+def test_races_are_compared_by_their_ends_only(tmp_path):
+    """Who is at the target after half of the steps has saved half of them; losses after unequal numbers of steps are
+    not compared, nor do they count for an aim.  Runs that all go to their last step (the control) are."""
+    common = {"kind": "images", "target": 0.9, "protocol": "paper"}
+
+    def run(method, last, **changes):
+        return record(method, last=last, accuracy=lambda step: 0.9 * step / last, **common, **changes)
+
+    choices = {"paper": {"words": {m: {"settings": {}, "learning_rate": 1e-3} for m in ("adamw", "linear")}}}
+    for adamw, saved in ((800, 0.5), (STEPS, 0.6)):
+        runs = [run("linear", 400), run("adamw", adamw)]
+        summary = summarise(load_results(save(tmp_path / str(adamw), runs, choices)))
+        found = summary.get("paper", "words", "linear").measures
+        assert found["target_steps"].median == 400 and found["target_steps_saved"].median == pytest.approx(saved)
+        assert not found.keys() & {"loss_difference", "steps_saved", "steps_saved_for_good", "steps_behind"}
+        assert verdicts(summary, "linear")["loss"].passed is None
+        assert "| 400 |" in task_table(summary, "paper", "words")
+    runs = [run("linear", STEPS), run("adamw", STEPS)]
+    assert "loss_difference" in compared(tmp_path / "control", runs, choices, "paper").measures
+
+
 def test_nowcasts_are_counted_and_their_time_is_a_share_of_training_time(tmp_path):
     """Of four nowcasts at 100 to 400, those from step 200 to the event at 320 were taken back; 0.5 of 100 seconds were
     spent on them.  AdamW has neither."""
@@ -456,12 +477,14 @@ def test_a_readme_without_one_pair_of_markers_is_refused(text):
 
 def test_names_with_paths_are_shortened_to_what_tells_them_apart():
     """Nothing of the machine is left in what is kept with the code."""
-    names = ["adamw", "nino:/home/me/nino_no_posw.pt", "muon+nino:/home/me/nino_no_posw.pt", "nino:a/final"]
+    here = "nino:/home/me/nino_no_posw.pt"
+    names = ["adamw", here, f"muon+{here}", f"paper-{here}", "nino:a/final"]
     found = public_names([*names, "nino:b/final"])
     assert list(found.values()) == [
         "adamw",
         "nino:nino_no_posw",
         "muon+nino:nino_no_posw",
+        "paper-nino:nino_no_posw",
         "nino:final",
         "nino:b/final",
     ]

@@ -18,6 +18,7 @@ from hf_nino.bench.training.loop import train
 from hf_nino.bench.training.plan import Matrix
 from hf_nino.bench.training.runner import read, run_benchmark
 from hf_nino.bench.training.spec import RunSpec
+from hf_nino.bench.training.tasks.language import LanguageTask
 
 CPU = torch.device("cpu")
 
@@ -81,6 +82,19 @@ def test_a_run_that_diverges_ends_there_and_says_so(cache):
     record = train(spec(method="sgd", learning_rate=1e6), cache, CPU)
     assert record["diverged"] and record["evaluations"][-1]["step"] < 20
     assert all(math.isfinite(loss) for loss in losses(record))
+
+
+@pytest.mark.parametrize(("schedule", "last"), [("constant", 6), ("cosine", 20)])
+def test_a_run_ends_when_its_task_is_over(cache, monkeypatch, schedule, last):
+    """With the evaluation that says so, and only at a constant learning rate: a schedule is trained to its end."""
+    monkeypatch.setattr(LanguageTask, "over", lambda self, measured: measured["loss"] < limit)
+    limit = -math.inf
+    whole = train(spec(schedule=schedule), cache, CPU)
+    steps = [evaluation["step"] for evaluation in whole["evaluations"]]
+    limit = whole["evaluations"][steps.index(6)]["loss"] + 1e-6
+    found = train(spec(schedule=schedule), cache, CPU)
+    assert found["evaluations"][-1]["step"] == last and not found["diverged"]
+    assert losses(found) == losses(whole)[: len(losses(found))]
 
 
 MATRIX = Matrix(tasks=("tiny",), methods=("momentum",), protocols=("fixed",), seeds=(0, 1), steps=20)

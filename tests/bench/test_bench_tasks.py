@@ -29,7 +29,7 @@ from hf_nino.bench.training.tasks import (
 )
 from hf_nino.bench.training.tasks import packages as packages_module
 from hf_nino.bench.training.tasks.fine_tuning import SENTIMENTS, read_tweets
-from hf_nino.bench.training.tasks.images import Images, MissingImages, normalised, read_idx
+from hf_nino.bench.training.tasks.images import ROUGH, Images, MissingImages, normalised, read_idx
 from hf_nino.bench.training.tasks.packages import MissingPackage
 from hf_nino.bench.training.tasks.prepared import prepared, publish, shuffled_rows
 from hf_nino.bench.training.tasks.texts import MissingNpm, read_text, text_version
@@ -502,6 +502,28 @@ def test_accuracy_and_loss_are_means_over_all_rows():
     assert found["accuracy"] == pytest.approx((logits.argmax(-1) == labels).float().mean().item(), abs=1e-6)
 
 
+def test_a_race_is_over_at_its_target_and_evaluates_exactly_near_it(image_folder, tmp_path):
+    """Far below the target, in bfloat16: nearly the exact numbers, but not the same; near it and above, the exact
+    ones; and only at it the run is over.  A task that is no race is never over."""
+    made = ImageTask(name="bars", model="conv16", path=str(image_folder), target=0.9, **QUICK)
+    data = made.load(tmp_path)
+    set_seed(0)
+    model = made.build_model(data)
+    exact = made.evaluate(model, data)
+    assert 0 < exact["accuracy"] < 0.85
+
+    def race(target):
+        return replace(made, race=True, target=target)
+
+    rough = race(0.9).evaluate(model, data)
+    assert rough != exact and rough["loss"] == pytest.approx(exact["loss"], abs=0.01)
+    assert next(model.parameters()).dtype == torch.float32
+    for target, over in ((exact["accuracy"] + ROUGH / 2, False), (exact["accuracy"], True)):
+        found = race(target).evaluate(model, data)
+        assert found == exact and race(target).over(found) is over
+    assert not replace(made, target=exact["accuracy"]).over(exact)
+
+
 def test_absent_images_are_named_with_their_package(tmp_path, image_folder, monkeypatch):
     """By ``path`` as by the environment variable, which serves tasks without a path."""
     made = ImageTask(name="bars", model="conv16", **QUICK)
@@ -537,6 +559,7 @@ def test_a_malformed_image_file_is_refused(content, tmp_path):
     [
         ({"model": "resnet"}, "`model` must be one of conv16, conv32, vit, got 'resnet'"),
         ({"target": 89.5}, "`target` must be an accuracy between 0 and 1, got 89.5"),
+        ({"target": None, "race": True}, "`race` must have a `target` to end at, got none"),
     ],
 )
 def test_settings_of_image_tasks_out_of_range_are_refused(settings, message):

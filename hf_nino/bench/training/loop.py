@@ -43,7 +43,8 @@ class Clock:
 def train(spec: RunSpec, cache: Path, device: torch.device) -> dict[str, Any]:
     """Train as ``spec`` says, and give back the run's record.
 
-    A loss that is not finite ends the run; it is then recorded as diverged.
+    A loss that is not finite ends the run; it is then recorded as diverged.  So does, at a constant learning rate, an
+    evaluation with which the task is over.
 
     Args:
         cache: folder where tasks keep their prepared data, one folder each.
@@ -83,8 +84,8 @@ def train(spec: RunSpec, cache: Path, device: torch.device) -> dict[str, Any]:
             record.clock.stop()
             record.add(loss.detach())
             if step % task.evaluate_every == 0 or step == spec.steps:
-                record.evaluate(step)
-                if record.diverged:
+                measured = record.evaluate(step)
+                if record.diverged or (spec.schedule == "constant" and task.over(measured)):
                     break
     finally:
         training.close()
@@ -121,7 +122,7 @@ class _Record:
         self._sum = loss if self._sum is None else self._sum + loss
         self._count += 1
 
-    def evaluate(self, step: int) -> None:
+    def evaluate(self, step: int) -> dict[str, float]:
         with self.training.evaluation():
             measured = self.task.evaluate(self.model, self.data)
         times = {"seconds": self.clock.seconds, "cpu_seconds": self.clock.cpu_seconds}
@@ -133,6 +134,7 @@ class _Record:
             self.evaluations.append({"step": step, **measured, **times})
             if step:
                 self.train_losses.append({"step": step, "loss": mean})
+        return measured
 
 
 def machine(device: torch.device) -> dict[str, Any]:

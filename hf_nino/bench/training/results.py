@@ -65,6 +65,11 @@ class Run:
         return math.inf if self.diverged or self.curve is None else self.curve.losses[-1]
 
     @property
+    def over_early(self) -> bool:
+        """Whether the run ended before its last step because its task was over."""
+        return not self.diverged and self.curve is not None and self.curve.steps[-1] < self.spec.steps
+
+    @property
     def times(self) -> tuple[float, ...]:
         """Seconds up to each evaluation that can be compared: processor time on a CPU, which other work on the machine
         does not change; wall time on a GPU."""

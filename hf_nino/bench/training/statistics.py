@@ -106,11 +106,20 @@ def alone(run: Run) -> dict[str, float]:
 
 
 def against(run: Run, plain: Run) -> dict[str, float]:
-    """What a run says beside AdamW's of the same seed; empty if that one diverged."""
+    """What a run says beside AdamW's of the same seed; empty if that one diverged.
+
+    Where one of the two was over before its last step, their losses at the end are not of equally many steps: then
+    only the steps to the target accuracy are compared.
+    """
     if plain.diverged or plain.curve is None:
         return {}
+    found = {}
+    if run.target is not None and (steps := steps_to_accuracy(plain, run.target)):
+        found["target_steps_saved"] = _or(saved(steps, steps_to_accuracy(run, run.target)), -math.inf)
+    if run.over_early or plain.over_early:
+        return found
     target = plain.final_loss
-    found = {"loss_difference": run.final_loss - target}
+    found["loss_difference"] = run.final_loss - target
     if target >= plain.curve.losses[0]:
         return found  # AdamW learned nothing: there is no way to be faster
     if run.diverged or run.curve is None:
@@ -123,8 +132,6 @@ def against(run: Run, plain: Run) -> dict[str, float]:
         times = (first_reach(r.times, r.curve.losses, target) for r in (plain, run) if r.curve is not None)
         found["time_saved"] = _or(saved(*times), -math.inf)
         found["steps_behind"] = _or(steps_behind(run, plain), math.inf)
-    if run.target is not None and (steps := steps_to_accuracy(plain, run.target)):
-        found["target_steps_saved"] = _or(saved(steps, steps_to_accuracy(run, run.target)), -math.inf)
     return found
 
 

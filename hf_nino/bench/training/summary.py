@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from .methods import method as find_method
-from .methods.nowcasts import NowcastMethod
+from .methods.nowcasts import LearnedNowcasts, NowcastMethod
 from .plan import BASELINE
 from .results import Results, Run
 from .statistics import LOWER_IS_BETTER, MEASURES, Spread, measure
@@ -239,8 +239,9 @@ def _method_info(name: str, public: str) -> MethodInfo:
         return MethodInfo(public, label)
     if not isinstance(method, NowcastMethod):
         return MethodInfo(method.title, label)
-    spec = public.partition("nino:")[2]
-    title = f"{method.base.title} + nowcasts of {spec}" if spec else method.title
+    title = method.title
+    if isinstance(method, LearnedNowcasts):
+        title = f"{method.base.title} + {method.words} {public.partition('nino:')[2]}"
     return MethodInfo(title, label, method.base.name)
 
 

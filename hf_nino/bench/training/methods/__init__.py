@@ -5,7 +5,7 @@ from __future__ import annotations
 from .averaging import EMA, LAWA
 from .base import Conditions, Method, Settings, Training
 from .learned import L2O
-from .nowcasts import NOWCASTS, LearnedNowcasts
+from .nowcasts import LEARNED, NOWCASTS
 from .optimizers import SGD, AdamW, Muon, OptimizerMethod, ScheduleFree
 
 __all__ = ["BASES", "METHODS", "Conditions", "Method", "Settings", "Training", "method"]
@@ -26,18 +26,20 @@ def method(name: str) -> Method:
 
     Args:
         name: one of :data:`METHODS`; or ``nino:SPEC`` or ``BASE+nino:SPEC`` with a nowcaster that has weights: a
-            ``.pt`` file of the original release, a folder, or a bundled name.
+            ``.pt`` file of the original release, a folder, or a bundled name; or ``paper-nino:SPEC`` likewise, for
+            nowcasts when and as far as the paper has them.
 
     Raises:
         ValueError: no such method.
     """
     if name in METHODS:
         return METHODS[name]
-    base, plus, nowcast = name.partition("+") if not name.startswith("nino:") else ("adamw", "+", name)
-    kind, colon, spec = nowcast.partition(":")
-    if base in BASES and plus and kind == "nino" and colon and spec:
-        return LearnedNowcasts(BASES[base], spec)
+    before, colon, spec = name.partition(":")
+    base, plus, kind = before.rpartition("+")
+    base = base if plus else "adamw"
+    if colon and spec and base in BASES and kind in LEARNED:
+        return LEARNED[kind](BASES[base], spec)
     raise ValueError(
-        f"`method` must be one of {', '.join(METHODS)}, or nino:SPEC or BASE+nino:SPEC with the file, folder or "
-        f"bundled name of a nowcaster and a base of {', '.join(BASES)}, got {name!r}"
+        f"`method` must be one of {', '.join(METHODS)}, or nino:SPEC or BASE+nino:SPEC (or paper-nino:SPEC) with the "
+        f"file, folder or bundled name of a nowcaster and a base of {', '.join(BASES)}, got {name!r}"
     )

@@ -193,9 +193,16 @@ class LearnedNowcasts(NowcastMethod):
         spec: a ``.pt`` file of the original release, a folder, or a bundled name; a repository on the Hub too.
     """
 
+    kind = "nino"
+    """Names are ``KIND:SPEC``."""
+
+    words = "nowcasts of"
+    """In titles."""
+
     def __init__(self, base: OptimizerMethod, spec: str) -> None:
         path = Path(spec).expanduser()
-        super().__init__(base, f"nino:{spec}", f"nowcasts of {path.stem if path.suffix == '.pt' else path.name}")
+        name = path.stem if path.suffix == ".pt" else path.name
+        super().__init__(base, f"{self.kind}:{spec}", f"{self.words} {name}")
         self.spec = spec
         nearer: tuple[Settings, ...] = ({}, {"horizon": 5}, {"horizon": 10})
         # The original release was meta-trained for a period of 1000, and saves more with one of 250.
@@ -219,6 +226,20 @@ class LearnedNowcasts(NowcastMethod):
         first, slash, rest = self.spec.partition("/")
         return bool(slash and rest) and "/" not in rest and not first.startswith((".", "~")) and bool(first)
 
+
+class AsPublished(LearnedNowcasts):
+    """The same as the paper has it: every 1000 steps, horizons that decay however the loss does, and nothing is taken
+    back."""
+
+    kind = "paper-nino"
+    words = "the paper's nowcasts of"
+
+    def __init__(self, base: OptimizerMethod, spec: str) -> None:
+        super().__init__(base, spec)
+        self.grid = ({"period": 1000, "horizon": "paper", "patience": 0},)
+
+
+LEARNED: dict[str, type[LearnedNowcasts]] = {method.kind: method for method in (LearnedNowcasts, AsPublished)}
 
 NOWCASTS: dict[str, type[Linear] | type[Momentum] | type[Lookahead] | type[Spectral]] = {
     "linear": Linear,

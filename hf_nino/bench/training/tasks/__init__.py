@@ -49,6 +49,8 @@ ENGLISH = "kjv+sotu+wordnet"
 _128 = {"layers": 4, "width": 128}
 _384 = {"width": 384, "heads": 6, "learning_rate": 6e-4}
 
+_RACE = {"race": True, "steps": 10_000, "evaluate_every": 20}
+
 _TASKS: tuple[Task, ...] = (
     _small(
         name="tiny",
@@ -76,8 +78,8 @@ _TASKS: tuple[Task, ...] = (
     _large(name="llama-384-english", arch="llama", text=ENGLISH, **_384),
     _conv(name="fm-conv16", model="conv16", target=0.895),
     _conv(name="fm-conv32", model="conv32", target=0.905),
-    _conv(name="fm-conv16-paper", model="conv16", target=0.895, steps=10_000),
-    _conv(name="fm-conv32-paper", model="conv32", target=0.905, steps=10_000),
+    _conv(name="fm-conv16-paper", model="conv16", target=0.895, **_RACE),
+    _conv(name="fm-conv32-paper", model="conv32", target=0.905, **_RACE),
     ImageTask(
         name="fm-vit",
         model="vit",

@@ -71,6 +71,10 @@ class Task(ABC):
         """``loss`` (and ``accuracy`` where there is one) on held-back data, always the same; no gradient, training
         mode restored, no random number drawn."""
 
+    def over(self, measured: Mapping[str, float]) -> bool:
+        """Whether a run at a constant learning rate ends with this evaluation, before its last step."""
+        return False
+
     def example_inputs(self, batch: Batch) -> Batch:
         """What the neural graph is traced with, from a batch."""
         return batch

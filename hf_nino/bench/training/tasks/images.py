@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import copy
 import gzip
 import math
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -30,6 +31,10 @@ CONVOLUTIONS = {"conv16": (16, 32, 32), "conv32": (32, 64, 64)}
 """Channels of the networks that the paper calls FM/16 and FM/32."""
 
 MODELS = (*CONVOLUTIONS, "vit")
+
+ROUGH = 0.005
+"""Evaluations of a race are exact from this far below the target on.  Of FM/16 in training, bfloat16 changed the
+accuracy by 0.0016 at most (30 evaluations)."""
 
 
 class MissingImages(ImportError):
@@ -84,6 +89,8 @@ class ImageTask(Task):
     Args:
         model: ``"conv16"`` or ``"conv32"``, the paper's FM/16 and FM/32 (14,378 and 56,394 parameters), or ``"vit"``.
         target: accuracy at which the paper counts a task as done, between 0 and 1.
+        race: runs at a constant learning rate end at the target, as in the paper; far below it, evaluations are in
+            bfloat16, three times as fast.
         path: folder with the four ``*-ubyte.gz`` files; ``None`` for that in the environment variable
             ``FASHION_MNIST``, or else of the Debian package ``dataset-fashion-mnist``.
         evaluation_images: that many of the test split, evenly spread; ``None`` for all.
@@ -95,6 +102,7 @@ class ImageTask(Task):
 
     model: str
     target: float | None = None
+    race: bool = False
     path: str | None = None
     evaluation_images: int | None = None
     width: int = 64
@@ -109,6 +117,8 @@ class ImageTask(Task):
             raise ValueError(f"`model` must be one of {', '.join(MODELS)}, got {self.model!r}")
         if self.target is not None and not 0 < self.target < 1:
             raise ValueError(f"`target` must be an accuracy between 0 and 1, got {self.target}")
+        if self.race and self.target is None:
+            raise ValueError("`race` must have a `target` to end at, got none")
 
     def load(self, cache: Path) -> Images:
         """The images; nothing is kept in ``cache``, for the files are as quick to read.
@@ -163,12 +173,22 @@ class ImageTask(Task):
         return functional.cross_entropy(self._logits(model, batch["pixel_values"]), batch["labels"])
 
     def evaluate(self, model: nn.Module, data: Images) -> dict[str, float]:
+        if self.race and self.target is not None:
+            rough = self._evaluate(copy.deepcopy(model).bfloat16(), data, torch.bfloat16)
+            if rough["accuracy"] < self.target - ROUGH:
+                return rough
+        return self._evaluate(model, data, torch.float32)
+
+    def _evaluate(self, model: nn.Module, data: Images, dtype: torch.dtype) -> dict[str, float]:
         return accuracy_and_loss(
             model,
-            lambda images: self._logits(model, normalised(images)),
+            lambda images: self._logits(model, normalised(images).to(dtype)).float(),
             (data.evaluation,),
             data.evaluation_labels,
         )
+
+    def over(self, measured: Mapping[str, float]) -> bool:
+        return self.race and self.target is not None and measured["accuracy"] >= self.target
 
     def _logits(self, model: nn.Module, pixel_values: Tensor) -> Tensor:
         outputs = model(pixel_values)
