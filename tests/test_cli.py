@@ -23,6 +23,7 @@ COMMANDS = [
     "record",
     "meta-train",
     "remake",
+    "ablate",
     "version",
     "bench",
     "bench report",

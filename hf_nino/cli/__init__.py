@@ -13,7 +13,7 @@ import typer
 from .._version import __version__
 from .benchmark import bench_app
 from .models import estimate, graph, merge
-from .nowcasters import convert, meta_train, push, record, remake
+from .nowcasters import ablate, convert, meta_train, push, record, remake
 from .runs import demo, nowcast, report
 
 __all__ = ["app", "main"]
@@ -36,7 +36,21 @@ def version() -> None:
     typer.echo(__version__)
 
 
-for command in (demo, convert, graph, estimate, record, meta_train, remake, report, nowcast, merge, push, version):
+for command in (
+    demo,
+    convert,
+    graph,
+    estimate,
+    record,
+    meta_train,
+    remake,
+    ablate,
+    report,
+    nowcast,
+    merge,
+    push,
+    version,
+):
     app.command()(command)
 app.add_typer(bench_app, name="bench")
 

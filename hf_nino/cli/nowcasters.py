@@ -160,6 +160,26 @@ def remake(
     remake_bundled(name, out, typer.echo, trajectories=trajectories, jobs=jobs, device=device)
 
 
+def ablate(
+    name: Annotated[str, typer.Argument(help="Of a bundled nowcaster, whose recipe it is.")],
+    trajectories: Annotated[Path, typer.Option(help="Folder of recorded runs, such as `hf-nino remake` leaves.")],
+    out: Annotated[Path | None, typer.Option(help="Folder for all of it. [default: runs/ablation-NAME]")] = None,
+    steps: Annotated[int | None, typer.Option(help="Of each meta-training. [default: the recipe's]")] = None,
+    seeds: Annotated[str, typer.Option(help="Comma-separated.")] = "0",
+    only: Annotated[str | None, typer.Option(help="Some of the parts, comma-separated. [default: all]")] = None,
+    device: TrainingDeviceOption = None,
+) -> None:
+    """What each part of a bundled nowcaster's recipe is worth: meta-train without it, and measure on held-out runs.
+
+    The same command again goes on where it was interrupted.
+
+    Example: hf-nino ablate nino-base --trajectories runs/nino-base/trajectories --steps 500
+    """
+    from ..commands.remake import ablate_bundled
+
+    ablate_bundled(name, trajectories, out, typer.echo, steps=steps, seeds=seeds, only=only, device=device)
+
+
 def push(
     nowcaster: Annotated[
         str, typer.Argument(help="A folder, or another name of a nowcaster with weights.", metavar="FOLDER_OR_NAME")

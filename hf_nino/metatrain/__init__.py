@@ -6,6 +6,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from .ablation import ablate
     from .card import push_trajectories, write_dataset
     from .dataset import load_trajectories, open_trajectory, windows
     from .meta_settings import MetaSettings
@@ -25,6 +26,7 @@ _HOME = {
     "Recording": "recording",
     "Trajectory": "trajectory",
     "TrajectoryRecorder": "recorder",
+    "ablate": "ablation",
     "find_trajectories": "trajectory",
     "load_trajectories": "dataset",
     "making_of": "remake",
@@ -44,6 +46,7 @@ __all__ = [
     "Recording",
     "Trajectory",
     "TrajectoryRecorder",
+    "ablate",
     "find_trajectories",
     "load_trajectories",
     "making_of",
