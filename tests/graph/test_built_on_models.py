@@ -46,7 +46,7 @@ def adapted(base: nn.Module, **config: Any) -> nn.Module:
 def scatter(model: nn.Module) -> nn.Module:
     generator = torch.Generator().manual_seed(1)
     with torch.no_grad():
-        for parameter in model.parameters():
+        for parameter in filter(torch.is_floating_point, model.parameters()):
             parameter.add_(0.2 * torch.randn(parameter.shape, generator=generator))
     return model
 
@@ -172,10 +172,47 @@ def test_magnitudes_of_adapted_layers_are_gains_of_their_outputs() -> None:
     assert set(graph.parameter_names) == {name for name, p in model.named_parameters() if p.requires_grad}
 
 
+class FourBits(nn.Linear):
+    """A linear layer as those of bitsandbytes: two numbers in a byte, one scale for every eight, no gradient."""
+
+    @classmethod
+    def of(cls, layer: nn.Linear) -> FourBits:
+        made = cls(layer.in_features, layer.out_features, bias=False, device="meta")
+        groups = layer.weight.detach().reshape(-1, 8)
+        scale = groups.abs().amax(1, keepdim=True) / 7
+        codes = ((groups / scale).round().to(torch.uint8) + 8).view(-1, 2)
+        made.weight = nn.Parameter((codes[:, 0] * 16 + codes[:, 1]).unsqueeze(1), requires_grad=False)
+        made.register_buffer("scale", scale)
+        return made
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        codes = self.weight.flatten().to(torch.int16)
+        groups = torch.stack([codes // 16, codes % 16], 1).view(-1, 8) - 8
+        return nn.functional.linear(inputs, (groups * self.scale).view(self.out_features, self.in_features))
+
+
+def quantised() -> nn.Module:
+    base = llama()
+    base.requires_grad_(False)
+    for module in list(base.modules()):
+        for name, child in list(module.named_children()):
+            if type(child) is nn.Linear and name != "lm_head":
+                setattr(module, name, FourBits.of(child))
+    peft = pytest.importorskip("peft", reason="PEFT is not installed: pip install hf_nino[peft]")
+    config = peft.LoraConfig(r=4, task_type="CAUSAL_LM", target_modules=["q_proj", "v_proj"])
+    model = scatter(peft.get_peft_model(base, config).eval())
+    assert sum(parameter.dtype == torch.uint8 for parameter in model.parameters()) == 7
+    return model
+
+
 @pytest.mark.parametrize(
     "build",
-    [*(ADAPTERS[name][0] for name in ("queries and values", "saved modules", "transposed weights")), magnitudes],
-    ids=["queries and values", "saved modules", "transposed weights", "magnitudes"],
+    [
+        *(ADAPTERS[name][0] for name in ("queries and values", "saved modules", "transposed weights")),
+        magnitudes,
+        quantised,
+    ],
+    ids=["queries and values", "saved modules", "transposed weights", "magnitudes", "quantised"],
 )
 def test_adapters_are_nowcast_and_frozen_weights_left_alone(build) -> None:
     """A short run with a graph nowcaster: every adapter matrix jumps, no frozen number changes."""
@@ -199,6 +236,39 @@ def test_adapters_are_nowcast_and_frozen_weights_left_alone(build) -> None:
     assert optimizer.nowcasting.scalars()["nino_nowcasts"] == 1
     assert set(optimizer.nowcasting.graph.parameter_names) == set(trained)
     assert all(parameter.equal(frozen[n]) for n, parameter in model.named_parameters() if n in frozen)
+
+
+@pytest.mark.parametrize("nowcaster", ["linear", "spectral", "nino-small"])
+def test_adapters_may_be_switched_in_a_run(nowcaster, caplog) -> None:
+    """What was remembered of one adapter says nothing of the other: after a switch the history begins anew, which is
+    said; and only the adapter at work jumps."""
+    model = two_adapters(active=False)
+    parts = {name: [p for n, p in model.named_parameters() if f".{name}." in n] for name in ("default", "second")}
+    optimizer = NiNo(
+        torch.optim.AdamW([*parts["default"], *parts["second"]], lr=1e-2),
+        model,
+        nowcaster,
+        period=10,
+        interval=2,
+        max_steps=80,
+        patience=0,
+        example_inputs={"input_ids": TOKENS},
+    )
+    for step in range(40):
+        if step == 17:
+            model.base_model.set_adapter("second")
+        at_work, idle = ("default", "second") if step < 17 else ("second", "default")
+        before = {name: [p.detach().clone() for p in parts[name]] for name in parts}
+        model(input_ids=TOKENS, labels=TOKENS, use_cache=False).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        assert all(map(torch.equal, parts[idle], before[idle]))
+        assert not any(map(torch.equal, parts[at_work], before[at_work]))
+    assert all(event.accepted for event in optimizer.nowcasting.events)
+    steps = [event.step for event in optimizer.nowcasting.events]
+    assert steps[0] == 10 and 30 in steps and 40 in steps
+    told = [message for message in caplog.messages if "trainable parameters changed" in message]
+    assert len(told) == 1 and "starts anew" in told[0]
 
 
 class Valued(nn.Module):
