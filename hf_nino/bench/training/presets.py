@@ -32,6 +32,8 @@ PRESETS = {
     "full": Matrix(
         tasks=(
             *SMALL_LANGUAGE,
+            "gpt2-64-kjv-batch4",
+            "gpt2-64-kjv-batch64",
             "gpt2-128-sotu",
             "llama-128-wordnet",
             "gpt2-256-sotu",

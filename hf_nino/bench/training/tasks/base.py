@@ -41,7 +41,7 @@ class Task(ABC):
     max_grad_norm: float | None = 1.0
 
     kind = "task"
-    """``language``, ``images`` or ``fine-tuning``; also names the rows of the report."""
+    """``language``, ``images``, ``fine-tuning`` or another; also names the rows of the report."""
 
     @abstractmethod
     def load(self, cache: Path) -> Any:
