@@ -64,7 +64,7 @@ def load_trajectories(path: str | Path, *, revision: str | None = None) -> Datas
         try:
             folder = Path(snapshot_download(str(path), repo_type="dataset", revision=revision))
         except Exception as error:
-            what = f"the dataset {str(path)!r}, of which there is no folder"
+            what = f"the dataset {str(path)!r} (there is no such folder)"
             raise hub_error(error, what, f"dataset repository {str(path)!r}") from error
     rows = [{**row, "path": str(folder / row["folder"])} for row in trajectory_rows(folder)]
     return Dataset.from_list(rows, features=Features({**FEATURES, "path": Value("string")}))

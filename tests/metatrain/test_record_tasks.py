@@ -376,5 +376,5 @@ def test_the_graph_of_a_recorded_model_fits_its_states(finished, name):
 )
 def test_a_folder_that_does_not_exist_is_said_to_be_none(path, kind, message):
     """Whether or not its name could be that of a repository; and the folder is named."""
-    with pytest.raises(kind, match=f"{path}', of which there is no folder.*{message}"):
+    with pytest.raises(kind, match=rf"{path}' .there is no such folder.*{message}"):
         load_trajectories(path)
