@@ -20,6 +20,7 @@ from hf_nino.bench.training.tables import (
     END,
     aims_table,
     headline,
+    methods_by_tasks,
     readme_table,
     replace_marked,
     task_table,
@@ -149,9 +150,9 @@ def test_a_slower_run_has_not_got_there_and_is_behind_by_how_much_earlier_adamw_
 
 def test_a_run_that_diverged_has_reached_nothing(tmp_path):
     """Even if it was below AdamW's final loss before; the same run, whole, was."""
-    runs = [record("linear", loss=line(2), last=700), record()]
+    runs = [record("linear", loss=line(2)), record()]
     assert compared(tmp_path / "a", runs).measures["steps_saved"].median == pytest.approx(0.5, abs=1e-3)
-    runs[0]["diverged"] = True
+    runs[0] = record("linear", loss=line(2), last=700, diverged=True)
     found = compared(tmp_path / "b", runs)
     assert found.diverged == (0,)
     assert found.measures["final_loss"].median == math.inf
@@ -218,6 +219,8 @@ def test_races_are_compared_by_their_ends_only(tmp_path):
         assert not found.keys() & {"loss_difference", "steps_saved", "steps_saved_for_good", "steps_behind"}
         assert verdicts(summary, "linear")["loss"].passed is None
         assert "| 400 |" in task_table(summary, "paper", "words")
+        assert f"{saved:.0%}" in methods_by_tasks(summary, "paper", "images", "target_steps_saved")
+        assert methods_by_tasks(summary, "paper", "images", "steps_saved") == ""
     runs = [run("linear", STEPS), run("adamw", STEPS)]
     assert "loss_difference" in compared(tmp_path / "control", runs, choices, "paper").measures
 

@@ -96,13 +96,9 @@ def markdown(summary: Summary, pictures: list[str]) -> str:
             if not summary.find(protocol, kind=kind):
                 continue
             parts.append(f"### {kind.capitalize()}\n")
-            if protocol == "robust":
-                recovered = methods_by_tasks(summary, protocol, kind, "recovered")
-                parts += ["Share of the loss that a sweep recovers, recovered without one:\n", recovered]
-            parts += [
-                "Steps saved to AdamW's final loss, for the first time and (in parentheses) for good:\n",
-                methods_by_tasks(summary, protocol, kind, "steps_saved"),
-            ]
+            for measure, words in SHARES.items():
+                if table := methods_by_tasks(summary, protocol, kind, measure):
+                    parts += [f"{words}:\n", table]
             for task in dict.fromkeys(one.task for one in summary.find(protocol, kind=kind)):
                 parts += [
                     f"<details><summary>{task}: all numbers and the curves</summary>\n",
@@ -147,6 +143,11 @@ def _losses(summary: Summary) -> str:
     return "\n".join(lines) or "No run that counts diverged, failed or is missing."
 
 
+SHARES = {
+    "recovered": "Share of the loss that a sweep recovers, recovered without one",
+    "steps_saved": "Steps saved to AdamW's final loss, for the first time and (in parentheses) for good",
+    "target_steps_saved": "Steps saved to the task's target accuracy",
+}
 SWEEP_WORDS = """\
 All runs of the sweeps, with the settings of `tuned`. Lines are the seed that swept, dots the others. A cross at the
 top is a learning rate at which the run diverged; a line that leaves the picture does so because the loss does.

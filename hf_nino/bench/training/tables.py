@@ -167,8 +167,9 @@ def _word(verdict: Verdict) -> str:
 
 def methods_by_tasks(summary: Summary, protocol: str, kind: str, measure: str) -> str:
     """One share (such as ``"steps_saved"``, which has ``steps_saved_for_good`` beside it in parentheses) of every
-    method on every task of a kind."""
-    tasks = _tasks(summary, kind, protocol)
+    method on every task of a kind for which there is any; empty if there is none."""
+    found = summary.find(protocol, kind=kind)
+    tasks = list(dict.fromkeys(one.task for one in found if measure in one.measures))
     rows = []
     for name, info in summary.methods.items():
         cells = [summary.get(protocol, task, name) for task in tasks]
@@ -176,7 +177,7 @@ def methods_by_tasks(summary: Summary, protocol: str, kind: str, measure: str) -
         if any(spread is not None for spread in spreads):
             aside = [None if one is None else one.measures.get(f"{measure}_for_good") for one in cells]
             rows.append([info.title, *(percent_spread(*pair) for pair in zip(spreads, aside, strict=True))])
-    return markdown_table(["method", *tasks], rows)
+    return markdown_table(["method", *tasks], rows) if rows else ""
 
 
 def task_table(summary: Summary, protocol: str, task: str) -> str:
