@@ -144,8 +144,8 @@ def _process(rank: int, size: int, folder: str, shape: Shape) -> None:
         dist.barrier()  # others may still be reading what this rank has sent
     finally:
         dist.destroy_process_group()
-    # A thread of gloo that still has to forget a tensor asks for the GIL, and is ended by an interpreter that is going
-    # down: that unwinds through C++ which does not allow it, and aborts (torch 2.13; seen once in about 100 runs).
+    # An interpreter that goes down ends threads that ask for the GIL, as those of gloo may to forget a tensor: this
+    # unwinds through C++ that does not allow it, and aborts.  A process aborted so once (torch 2.13).
     os._exit(0)
 
 
