@@ -196,6 +196,29 @@ def test_batches_have_the_asked_size_and_train_a_model_whose_loss_falls(case):
     assert made.evaluate(model, data)["loss"] < before - 0.02
 
 
+def test_in_bf16_products_are_rounded_and_the_loss_the_gradients_and_evaluations_are_not(case):
+    """Linear maps and convolutions give bfloat16 in training, as under Trainer's ``bf16``; by default they do not."""
+    made, data = case
+    batch = first_batches(made, data, 0, 1)[0]
+    losses = {}
+    for bf16 in (False, True):
+        model, found = seeded(made, data), set()
+        for module in model.modules():
+            if isinstance(module, nn.Linear | nn.Conv2d):
+                module.register_forward_hook(lambda module, inputs, output, found=found: found.add(output.dtype))
+        own = replace(made, bf16=bf16)
+        losses[bf16] = own.training_loss(model, batch)
+        assert found == {torch.bfloat16 if bf16 else torch.float32}
+        losses[bf16].backward()
+        trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+        assert {losses[bf16].dtype, *(parameter.grad.dtype for parameter in trained)} == {torch.float32}
+        found.clear()
+        own.evaluate(model, data)
+        assert found == {torch.float32}
+    assert losses[False] != losses[True]
+    torch.testing.assert_close(losses[True], losses[False], rtol=0.02, atol=0)
+
+
 def test_evaluation_draws_nothing_keeps_no_graph_and_restores_the_mode(case):
     """Even in a model with dropout, which would draw numbers and differ from call to call in training mode."""
     made, data = case

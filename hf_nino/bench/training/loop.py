@@ -75,7 +75,7 @@ def train(spec: RunSpec, cache: Path, device: torch.device) -> dict[str, Any]:
     try:
         for step in range(1, spec.steps + 1):
             record.clock.start()
-            loss = task.loss(model, batch)
+            loss = task.training_loss(model, batch)
             loss.backward()
             if task.max_grad_norm is not None:
                 nn.utils.clip_grad_norm_(model.parameters(), task.max_grad_norm)

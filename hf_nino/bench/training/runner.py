@@ -218,7 +218,7 @@ def _step_seconds(name: str, out: Path, device: torch.device) -> float:
     seconds = []
     for _ in range(6):
         started = time.perf_counter()
-        task.loss(model, next(batches)).backward()
+        task.training_loss(model, next(batches)).backward()
         optimizer.step()
         optimizer.zero_grad()
         if device.type == "cuda":

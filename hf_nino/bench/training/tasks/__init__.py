@@ -87,7 +87,7 @@ _TASKS: tuple[Task, ...] = (
     _conv(name="fm-conv16", model="conv16", target=0.895),
     _conv(name="fm-conv32", model="conv32", target=0.905),
     _conv(name="fm-conv16-paper", model="conv16", target=0.895, **_RACE),
-    _conv(name="fm-conv32-paper", model="conv32", target=0.905, **_RACE),
+    _conv(name="fm-conv32-paper", model="conv32", target=0.905, bf16=True, **_RACE),
     ImageTask(
         name="fm-vit",
         model="vit",
@@ -108,6 +108,7 @@ _TASKS: tuple[Task, ...] = (
         constant_learning_rate=5e-5,
         warmup_steps=16,
         evaluate_every=20,
+        bf16=True,
     ),
 )
 

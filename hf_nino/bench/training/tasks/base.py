@@ -28,6 +28,7 @@ class Task(ABC):
         weight_decay: of AdamW.
         evaluate_every: steps between evaluations.
         max_grad_norm: gradients are clipped to this norm, as Trainer does; ``None``: not at all.
+        bf16: train under autocast to bfloat16, as Trainer does with the argument of this name; evaluations are not.
     """
 
     name: str
@@ -39,6 +40,7 @@ class Task(ABC):
     weight_decay: float = 0.01
     evaluate_every: int = 50
     max_grad_norm: float | None = 1.0
+    bf16: bool = False
 
     kind = "task"
     """``language``, ``images``, ``fine-tuning`` or another; also names the rows of the report."""
@@ -65,6 +67,12 @@ class Task(ABC):
     @abstractmethod
     def loss(self, model: nn.Module, batch: Batch) -> Tensor:
         """Mean training loss of a batch, a scalar with a gradient."""
+
+    def training_loss(self, model: nn.Module, batch: Batch) -> Tensor:
+        """:meth:`loss` in the precision that the task trains in."""
+        device = next(iter(batch.values())).device
+        with torch.autocast(device.type, torch.bfloat16, enabled=self.bf16):
+            return self.loss(model, batch)
 
     @abstractmethod
     def evaluate(self, model: nn.Module, data: Any) -> dict[str, float]:

@@ -136,7 +136,7 @@ class FineTuningTask(Task):
             yield _inputs(tokens[chosen]) | {"labels": labels[chosen]}
 
     def loss(self, model: nn.Module, batch: Batch) -> Tensor:
-        return functional.cross_entropy(model(**self._without_labels(batch)).logits, batch["labels"])
+        return functional.cross_entropy(model(**self._without_labels(batch)).logits.float(), batch["labels"])
 
     def evaluate(self, model: nn.Module, data: Tweets) -> dict[str, float]:
         return accuracy_and_loss(

@@ -170,7 +170,7 @@ class ImageTask(Task):
             yield {"pixel_values": normalised(images[chosen]), "labels": labels[chosen]}
 
     def loss(self, model: nn.Module, batch: Batch) -> Tensor:
-        return functional.cross_entropy(self._logits(model, batch["pixel_values"]), batch["labels"])
+        return functional.cross_entropy(self._logits(model, batch["pixel_values"]).float(), batch["labels"])
 
     def evaluate(self, model: nn.Module, data: Images) -> dict[str, float]:
         if self.race and self.target is not None:

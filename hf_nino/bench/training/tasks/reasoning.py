@@ -147,7 +147,7 @@ class ReasoningTask(Task):
 
     def loss(self, model: nn.Module, batch: Batch) -> Tensor:
         logits, targets = _of_answers(model, batch["input_ids"], batch["answers"])
-        return functional.cross_entropy(logits, targets)
+        return functional.cross_entropy(logits.float(), targets)
 
     def evaluate(self, model: nn.Module, data: Problems) -> dict[str, float]:
         """``loss``, and ``accuracy``: the share of problems of whose answer every token comes first."""
