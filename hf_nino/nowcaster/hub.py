@@ -361,7 +361,9 @@ def check_tensors(shapes: Mapping[str, tuple[int, ...]], model: torch.nn.Module,
 
 def fill_model(model: torch.nn.Module, tensors: Mapping[str, torch.Tensor], what: str) -> torch.nn.Module:
     """The model with these weights, in float32 and evaluation mode."""
-    tensors = {name: tensor.float() for name, tensor in tensors.items()}
+    # Copies: in a file tensors begin anywhere, and products of them may differ in the last bit from those of tensors
+    # that begin where torch has them begin (seen on an AMD EPYC).
+    tensors = {name: tensor.to(torch.float32, copy=True) for name, tensor in tensors.items()}
     for name, tensor in tensors.items():  # in float32, where what was finite may have overflowed
         if not tensor.isfinite().all():
             raise ValueError(f"{what}: {name!r} has values that are not finite")
