@@ -84,17 +84,22 @@ def test_a_run_that_diverges_ends_there_and_says_so(cache):
     assert all(math.isfinite(loss) for loss in losses(record))
 
 
-@pytest.mark.parametrize(("schedule", "last"), [("constant", 6), ("cosine", 20)])
-def test_a_run_ends_when_its_task_is_over(cache, monkeypatch, schedule, last):
-    """With the evaluation that says so, and only at a constant learning rate: a schedule is trained to its end."""
-    monkeypatch.setattr(LanguageTask, "over", lambda self, measured: measured["loss"] < limit)
-    limit = -math.inf
+@pytest.mark.parametrize(("schedule", "last"), [("constant", 8), ("cosine", 20)])
+def test_a_run_ends_at_its_finish_line(cache, monkeypatch, schedule, last):
+    """At the look that says so, with an evaluation, and only at a constant learning rate: a schedule is trained to its
+    end.  Looks are ``look_every`` steps apart, and change nothing."""
     whole = train(spec(schedule=schedule), cache, CPU)
-    steps = [evaluation["step"] for evaluation in whole["evaluations"]]
-    limit = whole["evaluations"][steps.index(6)]["loss"] + 1e-6
+    shortened, looks = loop.shortened, []
+    monkeypatch.setattr(loop, "shortened", lambda task, steps: replace(shortened(task, steps), look_every=4))
+    monkeypatch.setattr(
+        LanguageTask, "finish_line", lambda self, data: lambda model: looks.append(1) or len(looks) > 1
+    )
     found = train(spec(schedule=schedule), cache, CPU)
     assert found["evaluations"][-1]["step"] == last and not found["diverged"]
-    assert losses(found) == losses(whole)[: len(losses(found))]
+    assert len(looks) == (2 if schedule == "constant" else 0)
+    same = {evaluation["step"]: evaluation["loss"] for evaluation in whole["evaluations"]}
+    assert all(same.get(e["step"], e["loss"]) == e["loss"] for e in found["evaluations"])
+    assert [e["step"] for e in found["evaluations"][:3]] == [e["step"] for e in whole["evaluations"][:3]]
 
 
 MATRIX = Matrix(tasks=("tiny",), methods=("momentum",), protocols=("fixed",), seeds=(0, 1), steps=20)

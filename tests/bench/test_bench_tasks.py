@@ -29,9 +29,10 @@ from hf_nino.bench.training.tasks import (
 )
 from hf_nino.bench.training.tasks import packages as packages_module
 from hf_nino.bench.training.tasks.fine_tuning import SENTIMENTS, read_tweets
-from hf_nino.bench.training.tasks.images import ROUGH, Images, MissingImages, normalised, read_idx
+from hf_nino.bench.training.tasks.images import Images, MissingImages, normalised, read_idx
 from hf_nino.bench.training.tasks.packages import MissingPackage
 from hf_nino.bench.training.tasks.prepared import prepared, publish, shuffled_rows
+from hf_nino.bench.training.tasks.races import FinishLine
 from hf_nino.bench.training.tasks.texts import MissingNpm, read_text, text_version
 
 # Told to transformers 5.23 by peft 0.21.
@@ -525,26 +526,54 @@ def test_accuracy_and_loss_are_means_over_all_rows():
     assert found["accuracy"] == pytest.approx((logits.argmax(-1) == labels).float().mean().item(), abs=1e-6)
 
 
-def test_a_race_is_over_at_its_target_and_evaluates_exactly_near_it(image_folder, tmp_path):
-    """Far below the target, in bfloat16: nearly the exact numbers, but not the same; near it and above, the exact
-    ones; and only at it the run is over.  A task that is no race is never over."""
+def test_a_race_is_over_at_its_target(image_folder, tmp_path):
+    """Of a network in float32: at the accuracy that it has, not one image above.  A task that is no race has no finish
+    line.  The model is as it was."""
     made = ImageTask(name="bars", model="conv16", path=str(image_folder), target=0.9, **QUICK)
     data = made.load(tmp_path)
     set_seed(0)
     model = made.build_model(data)
-    exact = made.evaluate(model, data)
-    assert 0 < exact["accuracy"] < 0.85
+    exact = made.evaluate(model, data)["accuracy"]
+    assert 0 < exact < 0.85
+    for target, over in ((exact, True), (exact + 1 / len(data.evaluation), False), (0.99, False)):
+        assert replace(made, race=True, target=target).finish_line(data)(model) is over
+    assert made.finish_line(data) is None
+    assert next(model.parameters()).dtype == torch.float32 and model.training
 
-    def race(target):
-        return replace(made, race=True, target=target)
 
-    rough = race(0.9).evaluate(model, data)
-    assert rough != exact and rough["loss"] == pytest.approx(exact["loss"], abs=0.01)
-    assert next(model.parameters()).dtype == torch.float32
-    for target, over in ((exact["accuracy"] + ROUGH / 2, False), (exact["accuracy"], True)):
-        found = race(target).evaluate(model, data)
-        assert found == exact and race(target).over(found) is over
-    assert not replace(made, target=exact["accuracy"]).over(exact)
+class Guesses(nn.Module):
+    """Says class 0 of the rows in ``wrong``, else 1."""
+
+    def __init__(self, rows):
+        super().__init__()
+        self.wrong = nn.Parameter(torch.zeros(rows))
+
+    def forward(self, rows):
+        return torch.stack([self.wrong[rows], 0.5 * torch.ones(len(rows))], 1)
+
+
+def test_a_finish_line_looks_first_at_what_was_wrong_before():
+    """A model that gets 1,500 of 10,000 rows wrong, nine in ten of them always the same ones, against an accuracy of
+    0.9: the first look has to read most rows, the third a fifth at most, and none of them lets it pass; a model that
+    gets 999 wrong does pass, after all rows were read."""
+    rows = 10_000
+    generator = torch.Generator().manual_seed(0)
+    order = torch.randperm(rows, generator=generator)
+    labels, model = torch.ones(rows, dtype=torch.int64), Guesses(rows)
+
+    def exactly(model):
+        return 1 - float(model.wrong.detach().mean())
+
+    line = FinishLine(0.9, labels, lambda model, chosen: model(chosen), exactly)
+    read = []
+    for wrong in (1500, 1500, 1500, 1500, 999):
+        sometimes = order[2000:][torch.randperm(rows - 2000, generator=generator)[: wrong // 10]]
+        with torch.no_grad():
+            model.wrong.zero_()[torch.cat([order[: wrong - len(sometimes)], sometimes])] = 1
+        before = line.looked_at
+        assert line.crossed(model, model) is (wrong == 999)
+        read.append(line.looked_at - before)
+    assert read[0] > 6000 and read[1] < 4000 and max(read[2:4]) < 2000 and read[4] == rows, read
 
 
 def test_absent_images_are_named_with_their_package(tmp_path, image_folder, monkeypatch):
@@ -754,11 +783,11 @@ def test_tasks_are_found_by_name_and_others_are_refused():
 
 
 def test_shortened_scales_warm_up_and_evaluations():
-    """A tenth of the steps, a tenth of both, at least 1 each; all else is as it was."""
+    """A tenth of the steps, a tenth of all three, at least 1 each; all else is as it was."""
     whole = TASKS["gpt2-64-kjv"]
     short = shortened(whole, 200)
-    assert (short.steps, short.warmup_steps, short.evaluate_every) == (200, 10, 5)
-    assert replace(short, steps=2000, warmup_steps=100, evaluate_every=50) == whole
+    assert (short.steps, short.warmup_steps, short.evaluate_every, short.look_every) == (200, 10, 5, 2)
+    assert replace(short, steps=2000, warmup_steps=100, evaluate_every=50, look_every=20) == whole
     assert shortened(whole, 2000) == whole
     least = shortened(whole, 3)
     assert (least.warmup_steps, least.evaluate_every) == (1, 1)

@@ -6,6 +6,7 @@ import math
 import os
 import platform
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -43,8 +44,8 @@ class Clock:
 def train(spec: RunSpec, cache: Path, device: torch.device) -> dict[str, Any]:
     """Train as ``spec`` says, and give back the run's record.
 
-    A loss that is not finite ends the run; it is then recorded as diverged.  So does, at a constant learning rate, an
-    evaluation with which the task is over.
+    A loss that is not finite ends the run; it is then recorded as diverged.  So does, at a constant learning rate, the
+    finish line of a task that has one; an evaluation follows.
 
     Args:
         cache: folder where tasks keep their prepared data, one folder each.
@@ -70,6 +71,7 @@ def train(spec: RunSpec, cache: Path, device: torch.device) -> dict[str, Any]:
         example_inputs=task.example_inputs(first),
     )
     training = method.begin(model, conditions, dict(spec.settings))
+    finish_line = task.finish_line(data) if spec.schedule == "constant" else None
     record = _Record(task, model, data, training)
     batch = first
     try:
@@ -83,9 +85,10 @@ def train(spec: RunSpec, cache: Path, device: torch.device) -> dict[str, Any]:
             batch = next(batches)
             record.clock.stop()
             record.add(loss.detach())
-            if step % task.evaluate_every == 0 or step == spec.steps:
-                measured = record.evaluate(step)
-                if record.diverged or (spec.schedule == "constant" and task.over(measured)):
+            over = finish_line is not None and step % task.look_every == 0 and record.look(finish_line)
+            if over or step % task.evaluate_every == 0 or step == spec.steps:
+                record.evaluate(step)
+                if over or record.diverged:
                     break
     finally:
         training.close()
@@ -121,6 +124,10 @@ class _Record:
     def add(self, loss: Tensor) -> None:
         self._sum = loss if self._sum is None else self._sum + loss
         self._count += 1
+
+    def look(self, finish_line: Callable[[nn.Module], bool]) -> bool:
+        with self.training.evaluation():
+            return finish_line(self.model)
 
     def evaluate(self, step: int) -> dict[str, float]:
         with self.training.evaluation():

@@ -55,7 +55,7 @@ ENGLISH = "kjv+sotu+wordnet"
 _128 = {"layers": 4, "width": 128}
 _384 = {"width": 384, "heads": 6, "learning_rate": 6e-4}
 
-_RACE = {"race": True, "steps": 10_000, "evaluate_every": 20}
+_RACE = {"race": True, "steps": 10_000, "evaluate_every": 200}
 
 _TASKS: tuple[Task, ...] = (
     _small(
@@ -127,13 +127,14 @@ def task(name: str) -> Task:
 
 
 def shortened(task: Task, steps: int) -> Task:
-    """The same task with another number of steps; warm-up and the steps between evaluations are scaled with it.
+    """The same task with another number of steps; warm-up and the steps between evaluations, and looks, are
+    scaled with it.
 
     Raises:
         ValueError: ``steps`` is below 1.
     """
     if steps < 1:
         raise ValueError(f"`steps` must be at least 1, got {steps}")
-    names = ("warmup_steps", "evaluate_every")
+    names = ("warmup_steps", "evaluate_every", "look_every")
     scaled = {name: max(1, round(getattr(task, name) * steps / task.steps)) for name in names}
     return replace(task, steps=steps, **scaled)

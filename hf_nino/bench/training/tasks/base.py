@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -27,6 +27,7 @@ class Task(ABC):
         warmup_steps: before the cosine, in the ``fixed`` and ``tuned`` protocols.
         weight_decay: of AdamW.
         evaluate_every: steps between evaluations.
+        look_every: steps between looks whether a run is over, where :meth:`finish_line` says that it may be.
         max_grad_norm: gradients are clipped to this norm, as Trainer does; ``None``: not at all.
         bf16: train under autocast to bfloat16, as Trainer does with the argument of this name; evaluations are not.
     """
@@ -39,6 +40,7 @@ class Task(ABC):
     warmup_steps: int = 100
     weight_decay: float = 0.01
     evaluate_every: int = 50
+    look_every: int = 20
     max_grad_norm: float | None = 1.0
     bf16: bool = False
 
@@ -79,9 +81,10 @@ class Task(ABC):
         """``loss`` (and ``accuracy`` where there is one) on held-back data, always the same; no gradient, training
         mode restored, no random number drawn."""
 
-    def over(self, measured: Mapping[str, float]) -> bool:
-        """Whether a run at a constant learning rate ends with this evaluation, before its last step."""
-        return False
+    def finish_line(self, data: Any) -> Callable[[nn.Module], bool] | None:
+        """Says of a model, in training mode, whether a run at a constant learning rate is over before its last step;
+        of one run only.  ``None``: no such run is."""
+        return None
 
     def example_inputs(self, batch: Batch) -> Batch:
         """What the neural graph is traced with, from a batch."""
