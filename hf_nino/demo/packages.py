@@ -10,12 +10,13 @@ class MissingPackage(ImportError):
     """A package that holds a model or data is not installed."""
 
 
-def package_folder(module: str, distribution: str, extra: str = "bench") -> Path:
+def package_folder(module: str, distribution: str, extra: str = "bench", use: str = "fine-tuning") -> Path:
     """Folder of an installed package, which is not imported.
 
     Args:
         distribution: what pip calls it.
         extra: of this package, which brings it.
+        use: what it is needed for, in words.
 
     Raises:
         MissingPackage: it is not installed; the message names it.
@@ -23,6 +24,6 @@ def package_folder(module: str, distribution: str, extra: str = "bench") -> Path
     spec = find_spec(module)
     if spec is None or spec.origin is None:
         raise MissingPackage(
-            f"fine-tuning needs the package {distribution}, which is not installed; run `pip install hf_nino[{extra}]`"
+            f"{use} needs the package {distribution}, which is not installed; run `pip install hf_nino[{extra}]`"
         )
     return Path(spec.origin).parent
