@@ -209,9 +209,9 @@ def test_momentum_of_rows_is_rows_of_the_momentum(size, seed):
     assert all(torch.equal(memory[key], expected_memory[key]) for key in memory)
 
 
-@pytest.mark.parametrize("whiten", [True, False])
+@pytest.mark.parametrize("settings", [{}, {"whiten": False}, {"growth": 0.2}], ids=str)
 @divisions
-def test_spectral_nowcasts_of_rows_are_rows_of_the_nowcast(size, seed, whiten):
+def test_spectral_nowcasts_of_rows_are_rows_of_the_nowcast(size, seed, settings):
     """To 1e-5 of the largest step of every parameter; the memory as well, of which the gains are the same bits on all
     ranks."""
     ranges, states = divided(SHAPES, size, seed), states_of(SHAPES, 5)
@@ -219,7 +219,7 @@ def test_spectral_nowcasts_of_rows_are_rows_of_the_nowcast(size, seed, whiten):
     states = [state | {"one": states[0]["one"]} for state in states]
 
     def make():
-        return SpectralNowcaster(whiten=whiten)
+        return SpectralNowcaster(**settings)
 
     ours, memory, expected, expected_memory = runs_of(make, states, ranges, size, settle_at=(1,))
     for mine, other, last in zip(ours[1:], expected[1:], states[1:], strict=True):

@@ -151,6 +151,39 @@ def test_it_is_what_it_says(shape, decay, whiten):
         state = new
 
 
+@pytest.mark.parametrize("growth", [0.0, 0.5])
+@pytest.mark.parametrize("shape", [(4, 6), (3, 2, 3, 3), (5,)])
+def test_norms_grow_as_much_as_they_may(growth, shape):
+    """Against a jump that may add what it likes (the control, which makes matrices longer): the same direction from
+    the origin, and of what it adds to the norm, that share; vectors are not touched."""
+    start, steps = matrix(*shape, seed=7), [0.3 * matrix(*shape, seed=s) for s in range(4)]
+    bounded, free = SpectralNowcaster(growth=growth), SpectralNowcaster()
+    for nowcaster in (bounded, free):
+        nowcaster.settle({"w": start})
+    longer = 0
+    for step in steps:
+        free.load_memory(bounded.memory())
+        state = bounded.memory()["anchor.w"] + step
+        new, other = (nowcaster.nowcast(None, [{"w": state}])["w"] for nowcaster in (bounded, free))
+        added = float(other.norm() - state.norm())
+        expected = other
+        if len(shape) > 1 and added > 0:
+            expected = other * (state.norm() + growth * added) / other.norm()
+            longer += 1
+        torch.testing.assert_close(new, expected)
+    assert longer > 0 or len(shape) == 1
+
+
+def test_a_matrix_of_zeros_does_not_become_nothing():
+    """The norm of zeros is 0: a first jump from there, as of an adapter's, is no division by it."""
+    nowcaster = SpectralNowcaster(growth=0.0)
+    nowcaster.settle({"w": torch.zeros(3, 4)})
+    assert torch.equal(nowcaster.nowcast(None, [{"w": torch.zeros(3, 4)}])["w"], torch.zeros(3, 4))
+    moved = matrix(3, 4)
+    new = nowcaster.nowcast(None, [{"w": moved}])["w"]
+    torch.testing.assert_close(new.norm(), moved.norm())
+
+
 def follow(learning_rate, nowcaster, steps=600, period=10):
     """Gradient descent with noise on a long valley, with nowcasts; mean loss of the last steps, and the last gain."""
     curvature = torch.tensor([1.0, 0.003])
@@ -260,6 +293,7 @@ def test_memory_that_does_not_fit_is_refused():
         ({"rate": -1}, "rate"),
         ({"target": 1.5}, "target"),
         ({"restraint": -1.0}, "restraint"),
+        ({"growth": 1.5}, "growth"),
         ({"max_gain": float("inf")}, "max_gain"),
     ],
 )
