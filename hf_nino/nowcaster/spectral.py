@@ -150,7 +150,8 @@ class SpectralNowcaster(DisplacementNowcaster):
 
         def measured(name: str) -> Tensor:
             moved = displacement(name)
-            before[name] = (self._anchor[name] + moved).square().sum()
+            if name not in before:  # on shards each is asked for twice
+                before[name] = (self._anchor[name] + moved).square().sum()
             return moved
 
         for name, move in self._jumps(names, measured, shards):

@@ -7,10 +7,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
-from .measuring import evaluating
-
-ROWS = 125
-"""Looked at together."""
+from .measuring import ROWS, evaluating
 
 ROUGH = 0.005
 """Share of the rows by which errors in bfloat16 may be more than in float32.  Of FM/16 in training, it changed the
