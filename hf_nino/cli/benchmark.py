@@ -20,7 +20,8 @@ def bench(
     ] = "smoke",
     tasks: Annotated[str | None, typer.Option(help="Others than the preset's, comma-separated.")] = None,
     methods: Annotated[
-        str | None, typer.Option(help="Others than the preset's, such as adamw,linear,nino:PATH,muon+nino:PATH.")
+        str | None,
+        typer.Option(help="Others than the preset's: adamw,spectral:growth=1,nino:PATH,muon+nino:PATH."),
     ] = None,
     protocols: Annotated[str | None, typer.Option(help="Some of paper,fixed,tuned,robust.")] = None,
     seeds: Annotated[str | None, typer.Option(help="Of the runs that count. [default: 0,1,2; smoke: 0]")] = None,

@@ -56,7 +56,7 @@ def bench_training(
     """Run a preset, or what is named instead of its parts, and write the report.
 
     Args:
-        tasks, methods, protocols, seeds: comma-separated.
+        tasks, methods, protocols, seeds: comma-separated; methods may have settings (``spectral:growth=1,period=50``).
 
     Raises:
         ValueError: see :class:`hf_nino.bench.training.plan.Matrix` and
@@ -89,7 +89,16 @@ def chosen(
 
 
 def _names(text: str | None) -> tuple[str, ...] | None:
-    return None if text is None else tuple(name.strip() for name in text.split(",") if name.strip())
+    """Names between commas; ``rule:one=1,two=2`` is one name with two settings."""
+    if text is None:
+        return None
+    names: list[str] = []
+    for part in filter(None, (part.strip() for part in text.split(","))):
+        if names and ":" in names[-1] and "=" in part and ":" not in part:
+            names[-1] += f",{part}"
+        else:
+            names.append(part)
+    return tuple(names)
 
 
 def report_training(out: Path, say: Callable[[str], None], *, readme: Path | None = None) -> None:

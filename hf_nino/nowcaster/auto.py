@@ -66,7 +66,7 @@ def load_nowcaster(spec: str | Path | Mapping[str, Any] | Nowcaster, **kwargs: A
     name = str(spec)
     rule, colon, settings = name.partition(":")
     if rule in RULES:
-        return _rule(rule, {**_parse_settings(settings, name), **kwargs} if colon else kwargs)
+        return _rule(rule, {**parse_settings(settings, name), **kwargs} if colon else kwargs)
     path = Path(name).expanduser()
     if path.suffix == ".pt" and not path.is_dir():
         if kwargs:
@@ -109,8 +109,16 @@ def _rule(name: str, values: Mapping[str, Any]) -> Nowcaster:
         raise TypeError(f"nowcaster {name!r} does not take these settings: {error}") from error
 
 
-def _parse_settings(text: str, spec: str) -> dict[str, Any]:
-    """``"momentum=0.8,nesterov=false"`` -> values, each read as JSON."""
+def parse_settings(text: str, spec: str) -> dict[str, Any]:
+    """``"momentum=0.8,nesterov=false"`` -> values, each read as JSON.
+
+    Args:
+        text: what is after the colon of ``spec``.
+        spec: for the error.
+
+    Raises:
+        ValueError: malformed.
+    """
     values: dict[str, Any] = {}
     for item in text.split(","):
         key, equals, value = item.partition("=")

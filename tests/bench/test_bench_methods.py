@@ -23,7 +23,7 @@ from transformers import (
     set_seed,
 )
 
-from hf_nino.bench.training.methods import METHODS, Conditions, method
+from hf_nino.bench.training.methods import BASES, METHODS, Conditions, method
 from hf_nino.bench.training.methods.learned import (
     FEATURES,
     RECIPE,
@@ -43,6 +43,8 @@ from hf_nino.bench.training.methods.meta_training import (
     validate,
 )
 from hf_nino.bench.training.methods.optimizers import decay_groups, hidden_matrices, trainable
+from hf_nino.bench.training.presets import PRESETS
+from hf_nino.commands.bench import chosen
 
 torch.set_num_threads(1)
 
@@ -595,6 +597,54 @@ def test_every_method_is_found_by_its_name():
         assert len({json.dumps(settings, sort_keys=True) for settings in found.grid}) == len(found.grid) <= 6
 
 
+def test_a_rule_with_settings_is_a_method_of_its_own():
+    """Its runs have its name and no more settings to choose; what was not given stays, the method without too."""
+    found = method("muon+momentum:momentum=0.8,period=100")
+    assert found.name == "muon+momentum:momentum=0.8,period=100" and found.base is BASES["muon"]
+    assert found.title.endswith("(momentum 0.8, period 100)") and found.grid == ({},)
+    plain = METHODS["muon+momentum"]
+    assert plain.nowcaster_defaults["momentum"] != 0.8 == found.nowcaster_defaults["momentum"]
+    assert found.nowcaster_defaults == {**plain.nowcaster_defaults, "momentum": 0.8}
+    assert plain.when["period"] is None and found.when == {**plain.when, "period": 100}
+    assert method("spectral-unbounded:growth=1").grid == ({"max_overhead": None},)
+    assert method("spectral-unbounded:max_overhead=0.5").grid == ({},)
+
+
+def test_settings_in_the_name_train_as_those_of_the_run_do():
+    """Bit for bit; and not as without."""
+
+    def trained(name, settings):
+        model, training = begin(name, settings=settings, steps=12)
+        drive(model, training, 12)
+        training.close()
+        return torch.cat([one.detach().flatten() for one in model.parameters()])
+
+    inside = trained("momentum:momentum=0.8,factor=1.5,period=2", {})
+    assert inside.equal(trained("momentum", {"momentum": 0.8, "factor": 1.5, "period": 2}))
+    assert not inside.equal(trained("momentum", {"momentum": 0.8, "factor": 0.5, "period": 2}))
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("spectral:growth=2", "`growth` of a SpectralNowcaster must be a share"),
+        ("spectral:grow=1", "method 'spectral:grow=1' must be its own .*growth.*, got grow"),
+        ("spectral:growth", "must look like 'linear:max_intervals=3,period=100', got 'spectral:growth'"),
+        ("spectral:", "must look like"),
+    ],
+)
+def test_settings_in_the_name_are_checked_when_it_is_looked_up(name, message):
+    with pytest.raises(ValueError, match=message):
+        method(name)
+
+
+def test_commas_in_settings_do_not_end_a_name():
+    """On the command line names are between commas, and so are settings."""
+    asked = " spectral:growth=1,period=50, ema ,nino:a.pt,muon+linear:period=9"
+    matrix = chosen(PRESETS["smoke"], tasks=None, methods=asked, protocols=None, seeds=None, steps=None)
+    assert matrix.methods == ("spectral:growth=1,period=50", "ema", "nino:a.pt", "muon+linear:period=9")
+
+
 @pytest.mark.parametrize("name", [name for name in METHODS])
 def test_every_setting_of_every_grid_is_taken(name):
     """Every method trains with each of its settings under both schedules, to finite losses."""
@@ -605,7 +655,9 @@ def test_every_setting_of_every_grid_is_taken(name):
         assert all(map(math.isfinite, losses))
 
 
-@pytest.mark.parametrize("name", ["adam", "nino:", "ema+linear", "muon+", "+nino:x", "muon+nino", "other:x"])
+@pytest.mark.parametrize(
+    "name", ["adam", "nino:", "ema+linear", "muon+", "+nino:x", "muon+nino", "other:x", "ema:decay=0.9"]
+)
 def test_an_unknown_method_is_refused(name):
     """The error names what there is."""
     with pytest.raises(ValueError, match=r"`method` must be one of adamw, sgd, muon, linear, .* got"):

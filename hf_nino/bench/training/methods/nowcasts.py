@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 from abc import abstractmethod
 from collections.abc import Mapping
+from copy import copy
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -68,6 +69,7 @@ class NowcastMethod(Method):
 
     base: OptimizerMethod
     nowcaster_defaults: Mapping[str, Any] = {}
+    when: Mapping[str, Any] = _WHEN
 
     def __init__(self, base: OptimizerMethod, name: str, title: str) -> None:
         self.base = base
@@ -84,7 +86,7 @@ class NowcastMethod(Method):
         return self.base.missing()
 
     def begin(self, model: nn.Module, conditions: Conditions, settings: Settings) -> NowcastTraining:
-        resolved = resolve_settings(self.name, settings, {**_WHEN, **self.nowcaster_defaults})
+        resolved = resolve_settings(self.name, settings, {**self.when, **self.nowcaster_defaults})
         own = {name: resolved.pop(name) for name in self.nowcaster_defaults}
         with preserved_rng():  # loading one may draw random numbers, which are the model's
             optimizer = NiNo(
@@ -97,6 +99,25 @@ class NowcastMethod(Method):
             )
         optimizer.lr_scheduler = make_scheduler(optimizer, conditions)
         return NowcastTraining(optimizer, optimizer.lr_scheduler)
+
+    def given(self, settings: Settings, text: str) -> NowcastMethod:
+        """The same with other defaults, and no more choice: ``NAME:TEXT``.
+
+        Args:
+            text: the settings, as they are written.
+
+        Raises:
+            ValueError: a setting that the method does not have, or one of the nowcaster's out of range.
+        """
+        name = f"{self.name}:{text}"
+        resolved = resolve_settings(name, settings, {**self.when, **self.nowcaster_defaults})
+        found = copy(self)
+        found.name, found.title = name, f"{self.title} ({text.replace('=', ' ').replace(',', ', ')})"
+        found.nowcaster_defaults = {key: resolved.pop(key) for key in self.nowcaster_defaults}
+        found.when = resolved
+        found.grid = ({key: value for key, value in self.grid[0].items() if key not in settings},)
+        self.make_nowcaster(**found.nowcaster_defaults)
+        return found
 
 
 def _defaults(rule: type[Nowcaster], **others: Any) -> dict[str, Any]:
